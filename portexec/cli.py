@@ -1,0 +1,104 @@
+"""The command line program: parse -> bind -> plan -> exec. The one place that prints errors and picks an exit status."""
+
+from __future__ import annotations
+
+import _signal
+import os
+import sys
+
+from portexec import __version__, execute, options, publish
+from portexec.errors import STATUS_FAILURE, PortexecError, reason
+from portexec.launch import Launch, prepare
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+_STDOUT = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run portexec with these words, by default the command line's. Returns an exit status, or becomes the command."""
+    try:
+        return _run(options.parse(sys.argv[1:] if arguments is None else arguments))
+    except PortexecError as error:
+        _print_error(error)
+        return error.status
+    except KeyboardInterrupt:
+        _die_by(_signal.SIGINT)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        publish.say("portexec: error: this is a bug in portexec; please report it with the lines above\n")
+        return STATUS_FAILURE
+
+
+def _run(chosen: options.Options) -> int:
+    if chosen.help:
+        return _print(options.help_text())
+    if chosen.version:
+        return _print(f"portexec {__version__}\n")
+    if not chosen.command:
+        raise PortexecError("no command to run", f"it comes last: {options.USAGE}")
+    launch = prepare(chosen)
+    if chosen.dry_run:
+        return _show_plan(launch, as_json=chosen.json)
+    _publish(launch, chosen)
+    try:
+        execute.execute(launch.plan)
+    except BaseException:
+        launch.bound.remove_paths()
+        raise
+
+
+def _show_plan(launch: Launch, *, as_json: bool) -> int:
+    from portexec import explain
+
+    try:
+        return _print(explain.plan_json(launch) if as_json else explain.plan_text(launch))
+    finally:
+        launch.bound.close()
+
+
+def _publish(launch: Launch, chosen: options.Options) -> None:
+    """Tell whoever is to know: files first, since they can fail, then stderr."""
+    listeners = launch.bound.listeners
+    try:
+        publish.publish_files(chosen.port_file, chosen.export, listeners[0].port, launch.variables)
+    except BaseException:
+        launch.bound.close()
+        raise
+    if chosen.verbose:
+        from portexec import explain
+
+        publish.say(explain.verbose(launch))
+    if chosen.quiet:
+        return
+    if chosen.json:
+        publish.say(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
+    else:
+        publish.say(publish.announcement(listeners))
+
+
+def _print(text: str) -> int:
+    """Write to stdout, as C programs do: killed by SIGPIPE when nobody reads any more."""
+    _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
+    data = os.fsencode(text)
+    try:
+        while data:
+            data = data[os.write(_STDOUT, data) :]
+    except OSError as error:
+        raise PortexecError(f"cannot write to stdout: {reason(error)}") from error
+    return 0
+
+
+def _print_error(error: PortexecError) -> None:
+    lines = [f"portexec: error: {error.message}"] + [f"portexec: hint: {error.hint}"] * bool(error.hint)
+    publish.say("".join(line.replace("\n", "\\n") + "\n" for line in lines))
+
+
+def _die_by(number: int) -> NoReturn:
+    """End as the signal would have ended us, so that the shell that started us sees it."""
+    _signal.signal(number, _signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)

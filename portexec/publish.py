@@ -1,0 +1,137 @@
+"""Telling others the address: the announcement on stderr, the port file, the export file.
+
+Both files are written when the number is bound and before the command starts. Neither is ever half written, world-writable,
+or written through a symbolic link that somebody planted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from portexec.errors import PortexecError, reason
+from portexec.sockets import Listener
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_MODE = 0o644
+_STDERR = 2
+
+
+def say(text: str) -> None:
+    """Write lines to stderr, in one piece; a stderr that is closed or full is nobody's failure."""
+    data = os.fsencode(text)
+    try:
+        while data:
+            data = data[os.write(_STDERR, data) :]
+    except OSError:
+        pass
+
+
+def announcement(listeners: Sequence[Listener]) -> str:
+    """`portexec: http://127.0.0.1:41507`; with several listeners a line each, the name before the address."""
+    named = len(listeners) > 1
+    return "".join(f"portexec: {listener.name + ' ' if named else ''}{listener.url}\n" for listener in listeners)
+
+
+def announcement_json(listeners: Sequence[Listener], hand_off: str, first_fd: int | None) -> str:
+    """The same as one JSON line."""
+    import json
+
+    return json.dumps({"pid": os.getpid(), "hand_off": hand_off, "listeners": described(listeners, first_fd)}) + "\n"
+
+
+def described(listeners: Sequence[Listener], first_fd: int | None) -> list[dict[str, str | int]]:
+    """Listeners as plain values. What a listener does not have is left out."""
+    described = []
+    for position, listener in enumerate(listeners):
+        fields: dict[str, str | int] = {"name": listener.name, "url": listener.url}
+        if listener.port:
+            fields |= {"host": listener.host, "port": listener.port}
+        if listener.path:
+            fields["path"] = listener.path
+        if first_fd is not None:
+            fields["fd"] = first_fd + position
+        described.append(fields)
+    return described
+
+
+def publish_files(port_file: str | None, export: str | None, port: int, variables: Mapping[str, str]) -> None:
+    """Write the port file and append to the export file; raise PortexecError with neither changed if one cannot be."""
+    temporary = _prepare_port_file(port_file, port) if port_file is not None else None
+    try:
+        if export is not None:
+            _append(export, "".join(f"{name}={value}\n" for name, value in variables.items()))
+        if port_file is not None and temporary is not None:
+            os.rename(temporary, port_file)
+    except BaseException as error:
+        if temporary is not None:
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise _cannot_write("port file", port_file, error) from error
+        raise
+
+
+def _prepare_port_file(path: str, port: int) -> str:
+    """Write the number to a temporary file beside `path`, ready to be renamed, and return its name."""
+    if not port:
+        raise PortexecError("--port-file: the first listener is a unix socket and has no number", "list a TCP listener first")
+    directory, base = os.path.split(path)
+    temporary = os.path.join(directory, f".{base[:200]}.{os.urandom(6).hex()}")
+    try:
+        _require_replaceable(path)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
+    except OSError as error:
+        raise _cannot_write("port file", path, error) from error
+    try:
+        os.write(fd, b"%d\n" % port)
+    except OSError as error:
+        os.unlink(temporary)
+        raise _cannot_write("port file", path, error) from error
+    finally:
+        os.close(fd)
+    return temporary
+
+
+def _require_replaceable(path: str) -> None:
+    """Refuse to rename over anything but a regular file: /dev/stdout, a device or a link would be gone for good."""
+    if not os.path.basename(path):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EEXIST, "there is something that is no regular file")
+
+
+def _append(path: str, text: str) -> None:
+    """Append whole lines in one write(2), which O_APPEND keeps apart from those of other launches."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, _MODE)
+    except OSError as error:
+        raise _cannot_write("export file", path, error) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        unfinished = status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n"
+        os.write(fd, os.fsencode("\n" + text if unfinished else text))
+    except OSError as error:
+        raise _cannot_write("export file", path, error) from error
+    finally:
+        os.close(fd)
+
+
+def _cannot_write(what: str, path: str | None, error: OSError) -> PortexecError:
+    hints = {
+        errno.ENOENT: "the directory has to exist",
+        errno.ELOOP: "a symbolic link is not followed; name the file itself",
+        errno.EACCES: "choose a directory that you may write to",
+        errno.EROFS: "choose a directory that can be written to",
+    }
+    return PortexecError(f"cannot write {what} {path}: {reason(error)}", hints.get(error.errno or 0, ""))

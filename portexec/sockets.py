@@ -1,0 +1,431 @@
+"""Guards and listeners: from a `ListenSpec` to a number that nobody else can have.
+
+A *guard* is a socket bound to `[::]:P` for both families, exclusive, never listening. While it is open the kernel gives P to
+nobody, whatever address or option they use. A holder of 127.0.0.1 alone is not enough: by way of the bucket's
+fastreuseport cache another user can get a dual-stack listener past it (sk_reuseport_match() in the kernel's
+net/ipv4/inet_connection_sock.c).
+
+Our own sockets get past the guard by the *flip*: SO_REUSEPORT on guard and socket, bind and listen, SO_REUSEPORT off again.
+The kernel reads the option live and shares SO_REUSEPORT within one user only, so even in between strangers stay out. The
+flip leaves (user, address) in that cache, which would let the same user bind the same address once more; the *scrub*, one
+more flipped bind of a throw-away socket to a random loopback address, overwrites it.
+
+Sockets are made by `_socket`, not by `socket`: importing the latter takes longer than all the rest of portexec, for
+enumerations that are not needed here.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import fcntl
+import os
+import sys
+from _socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SO_REUSEPORT, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
+
+from portexec.errors import PortexecError, reason
+from portexec.spec import ListenSpec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    Address = tuple[str, int] | tuple[str, int, int, int]
+
+LINUX = sys.platform == "linux"
+
+_IP_FREEBIND = 15  # ip(7); the scrub works where the loopback interface is down, too
+_FIRST_FREE_FD = 3  # a closed standard stream stays closed: no socket of ours becomes descriptor 0, 1 or 2
+_CLIENT_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}
+_NUMBER_TAKEN = (errno.EADDRINUSE, errno.EACCES)
+_MAX_REASONS = 4  # how many candidates an error describes one by one
+
+
+class Listener:
+    """A number, with the address and the name it goes by, and the socket that listens on it.
+
+    `kind` is "tcp", "udp" or "unix". `host` is what a client should use, in brackets if it is IPv6; for unix it is empty,
+    `path` is set and `port` is 0. There is no `socket` when the command is to bind the number itself.
+    """
+
+    __slots__ = ("host", "kind", "name", "named", "path", "port", "socket")
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        *,
+        host: str = "",
+        port: int = 0,
+        path: str = "",
+        socket: _socket.socket | None = None,
+        named: bool = True,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.host = host
+        self.port = port
+        self.path = path
+        self.socket = socket
+        self.named = named
+
+    @property
+    def url(self) -> str:
+        """Where a client finds it: `http://HOST:PORT`, `udp://HOST:PORT` or `unix:PATH`."""
+        if self.kind == "unix":
+            return f"unix:{self.path}"
+        return f"{'udp' if self.kind == 'udp' else 'http'}://{self.host}:{self.port}"
+
+
+class Bound:
+    """All that one run has bound, and the owner of its sockets until the command gets them.
+
+    `guards` has one guard for each number; listeners may share a number on different addresses.
+    """
+
+    __slots__ = ("guards", "listeners")
+
+    def __init__(self) -> None:
+        self.listeners: list[Listener] = []
+        self.guards: dict[int, _socket.socket] = {}
+
+    def close(self) -> None:
+        """Give everything back: close the sockets, and remove the unix sockets that were made."""
+        for guard in self.guards.values():
+            guard.close()
+        for listener in self.listeners:
+            if listener.socket is not None:
+                listener.socket.close()
+        self.remove_paths()
+        self.listeners.clear()
+        self.guards.clear()
+
+    def remove_paths(self) -> None:
+        """Remove the unix sockets that were made from the file system."""
+        for path in [listener.path for listener in self.listeners if listener.path]:
+            from portexec import unix_sockets
+
+            unix_sockets.remove(path)
+
+
+def bind_all(specs: Iterable[ListenSpec], *, listening: bool, shared: bool = False, backlog: int = 0) -> Bound:
+    """Choose and guard a number for every spec.
+
+    `listening`: make a listening socket for each, with this backlog (0 for the greatest). Otherwise the command is to bind
+    the number itself. `shared`: the guards let a binder with SO_REUSEADDR pass, which is hand-off `hold`.
+    Raises PortexecError, with nothing left bound, when any of them cannot be had.
+    """
+    bound = Bound()
+    try:
+        for spec in specs:
+            bound.listeners.append(_bind(spec, bound.guards, backlog or _socket.SOMAXCONN if listening else None))
+        if shared:
+            # Set after the bind: two guards that bind with it could have the same number.
+            for guard in bound.guards.values():
+                guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    except OSError as error:
+        bound.close()
+        raise _exhausted(error) from error
+    except BaseException:
+        bound.close()
+        raise
+    return bound
+
+
+def _bind(spec: ListenSpec, guards: dict[int, _socket.socket], backlog: int | None) -> Listener:
+    if spec.kind == "unix":
+        return Listener(spec.name, "unix", path=spec.address, socket=_listen_unix(spec, backlog), named=spec.named)
+    family, address = _resolve(spec)
+    if spec.kind == "udp":
+        socket = _first_free(spec, lambda number: _bind_udp(family, address(number), spec))
+    else:
+        socket = _first_free(spec, lambda number: _bind_tcp(family, address, number, spec, guards, backlog))
+    host, port = socket.getsockname()[:2]
+    if backlog is None:
+        socket.close()
+    host = _CLIENT_HOST.get(spec.address, host)
+    return Listener(
+        spec.name,
+        spec.kind,
+        host=f"[{host}]" if ":" in host else host,
+        port=port,
+        socket=None if backlog is None else socket,
+        named=spec.named,
+    )
+
+
+def _listen_unix(spec: ListenSpec, backlog: int | None) -> _socket.socket:
+    from portexec import unix_sockets
+
+    socket = _new_socket(AF_UNIX)
+    try:
+        unix_sockets.listen(socket, spec.address, backlog or _socket.SOMAXCONN)
+    except OSError as error:
+        raise _cannot_listen(spec, error) from error
+    return socket
+
+
+def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
+    """The family of the spec's address, and a function from a number to what bind(2) takes."""
+    if spec.address == "*":
+        return (AF_INET6, lambda number: ("::", number)) if has_ipv6() else (AF_INET, lambda number: ("", number))
+    try:
+        # As bytes: for a str Python imports its codec for international names, which takes as long as all the rest.
+        host_name = spec.address.encode() if spec.address.isascii() else spec.address
+        found = _socket.getaddrinfo(host_name, None, 0, SOCK_STREAM, 0, _socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        why = reason(error) if isinstance(error, OSError) else "not a host name"
+        raise PortexecError(
+            f"cannot resolve {spec.address!r}: {why}", "give an address of this machine, such as 127.0.0.1, [::1] or *"
+        ) from error
+    family, _, _, _, sockaddr = found[0]
+    host, rest = sockaddr[0], sockaddr[2:]
+    return family, lambda number: (host, number, *rest)
+
+
+def has_ipv6() -> bool:
+    """Whether the kernel knows IPv6 at all. Where it is merely switched off, a dual-stack socket still works for IPv4."""
+    socket, address = _any_socket()
+    socket.close()
+    return address == "::"
+
+
+def _any_socket() -> tuple[_socket.socket, str]:
+    """A socket for all addresses of both families, or of IPv4 where there is no IPv6, and the address it is to bind."""
+    try:
+        socket = _new_socket(AF_INET6)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+        return _new_socket(AF_INET), "0.0.0.0"
+    socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
+    return socket, "::"
+
+
+def _first_free(spec: ListenSpec, bind: Callable[[int], _socket.socket]) -> _socket.socket:
+    """Bind the first candidate that can be bound."""
+    failures: list[tuple[int, OSError]] = []
+    for number in spec.numbers():
+        try:
+            return bind(number)
+        except OSError as error:
+            if error.errno not in _NUMBER_TAKEN:
+                raise _cannot_listen(spec, error) from error
+            failures.append((number, error))
+    raise _none_free(spec, failures)
+
+
+def _bind_udp(family: int, address: Address, spec: ListenSpec) -> _socket.socket:
+    """A UDP socket, exclusive on its address. It has no guard: a guard on the same address would swallow its datagrams."""
+    socket = _inet_socket(family, spec)
+    try:
+        socket.bind(address)
+    except BaseException:
+        socket.close()
+        raise
+    return socket
+
+
+def _bind_tcp(
+    family: int,
+    address: Callable[[int], Address],
+    number: int,
+    spec: ListenSpec,
+    guards: dict[int, _socket.socket],
+    backlog: int | None,
+) -> _socket.socket:
+    """Guard the number, unless we do already, and get a socket of ours past the guard; it listens if it is to."""
+    if not LINUX:
+        return _bind_unguarded(family, address(number), spec, backlog)
+    guard = guards.get(number) or make_guard(number)
+    number = guard.getsockname()[1]
+    socket = None
+    try:
+        socket = _inet_socket(family, spec)
+        with Flip(guard, socket):
+            socket.bind(address(number))
+            if backlog is not None:
+                socket.listen(backlog)
+        scrub(guard, number)
+    except BaseException:
+        if socket is not None:
+            socket.close()
+        if number not in guards:
+            guard.close()
+        raise
+    guards[number] = guard
+    return socket
+
+
+def _bind_unguarded(family: int, address: Address, spec: ListenSpec, backlog: int | None) -> _socket.socket:
+    """A listener where the kernel has no guard to offer: exclusive on its own address, as far as the system makes it so."""
+    socket = _inet_socket(family, spec)
+    try:
+        socket.bind(address)
+        if backlog is not None:
+            socket.listen(backlog)
+    except BaseException:
+        socket.close()
+        raise
+    return socket
+
+
+def _inet_socket(family: int, spec: ListenSpec) -> _socket.socket:
+    socket = _new_socket(family, SOCK_DGRAM if spec.kind == "udp" else SOCK_STREAM)
+    if family == AF_INET6:
+        socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, spec.address != "*")
+    if spec.kind == "tcp":
+        # Accepted connections inherit both. Without the first, a number that was served on could not be had again for a
+        # minute (TIME_WAIT); under the guard it lets nobody in. Without the second, servers that take the descriptor for a
+        # unix socket, as uvicorn does, answer each keep-alive request 40 ms late.
+        socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        socket.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+    return socket
+
+
+def make_guard(number: int) -> _socket.socket:
+    """Return the guard of a number, 0 for any that is free. The caller owns it. Raises OSError."""
+    guard, address = _any_socket()
+    try:
+        guard.bind((address, number))
+    except OSError as error:
+        try:
+            if error.errno != errno.EADDRINUSE or not number:
+                raise
+            _bind_beside_old_connections(guard, (address, number))
+        except BaseException:
+            guard.close()
+            raise
+    return guard
+
+
+def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]) -> None:
+    """Bind a guard to a number on which only connections of an earlier server are left, in TIME_WAIT or still open.
+
+    SO_REUSEADDR gets past them, but also past another guard of hand-off `hold`, so a mutex comes first: an exclusive socket
+    on one address of this number that nobody uses. It cannot be had while anybody holds the number on all addresses, and
+    while we hold it, no other launch gets here. Being bound without the option, it also keeps the kernel from caching that
+    SO_REUSEADDR suffices on this number (tb->fastreuse, Linux up to 6.1).
+    """
+    with Mutex(address[1]) as mutex, Flip(mutex.socket, guard):
+        guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        try:
+            guard.bind(address)
+        finally:
+            guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
+
+
+class Mutex:
+    """An exclusive socket on 127.255.255.253 and this number, for as long as the block lasts. Raises OSError when taken."""
+
+    __slots__ = ("number", "socket")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.socket = _new_socket(AF_INET)
+
+    def __enter__(self) -> Mutex:
+        try:
+            self.socket.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
+            self.socket.bind(("127.255.255.253", self.number))
+        except BaseException:
+            self.socket.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+class Flip:
+    """The time in which `socket` may be bound, or may listen, beside `guard`; see the module's text."""
+
+    __slots__ = ("guard", "socket", "was_shared")
+
+    def __init__(self, guard: _socket.socket, socket: _socket.socket) -> None:
+        self.guard = guard
+        self.socket = socket
+        self.was_shared = socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)
+
+    def __enter__(self) -> None:
+        self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+        self.guard.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+
+    def __exit__(self, *_: object) -> None:
+        self.guard.setsockopt(SOL_SOCKET, SO_REUSEPORT, 0)
+        self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self.was_shared)
+
+
+def scrub(guard: _socket.socket, number: int) -> None:
+    """Make the kernel forget for which address the last flip was; see the module's text."""
+    socket = _new_socket(AF_INET)
+    try:
+        socket.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        one, two, three = os.urandom(3)
+        with Flip(guard, socket):
+            socket.bind((f"127.{one}.{two}.{three}", number))
+    finally:
+        socket.close()
+
+
+def _new_socket(family: int, kind: int = SOCK_STREAM) -> _socket.socket:
+    socket = _socket.socket(family, kind)
+    if socket.fileno() >= _FIRST_FREE_FD:
+        return socket
+    fd = fcntl.fcntl(socket.fileno(), fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD)
+    socket.close()
+    return _socket.socket(family, kind, 0, fd)
+
+
+def _cannot_listen(spec: ListenSpec, error: OSError) -> PortexecError:
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        return _exhausted(error)
+    hints = {
+        errno.EADDRNOTAVAIL: "this machine does not have that address; `ip address` shows those it has",
+        errno.EAFNOSUPPORT: "this machine has no IPv6; use 127.0.0.1",
+        errno.ENOENT: "the directory has to exist",
+    }
+    return PortexecError(f"cannot listen on {spec}: {reason(error)}", hints.get(error.errno or 0, ""))
+
+
+def _exhausted(error: OSError) -> PortexecError:
+    return PortexecError(
+        f"cannot open another socket: {reason(error)}",
+        "raise the limit with `ulimit -n`; every listener takes two descriptors" if error.errno == errno.EMFILE else "",
+    )
+
+
+def _none_free(spec: ListenSpec, failures: list[tuple[int, OSError]]) -> PortexecError:
+    """Say which candidates were tried and why each failed; the common one-candidate case in the usual words."""
+    number, error = failures[0]
+    if len(failures) == 1 and number:
+        hint = f"`{number},0` takes any other free port instead"
+        if error.errno == errno.EACCES:
+            hint = "ports below net.ipv4.ip_unprivileged_port_start, mostly 1024, need root or CAP_NET_BIND_SERVICE"
+        return PortexecError(f"cannot listen on {spec}: {_why_not(number, error, spec)}", hint)
+    told = [f"{number}: {_why_not(number, error, spec)}" for number, error in failures[:_MAX_REASONS]]
+    more = len(failures) - len(told)
+    tail = f"; and {more} more" if more else ""
+    return PortexecError(
+        f"no free port for {spec}: {'; '.join(told)}{tail}",
+        "" if (0, 0) in spec.candidates else f"add `,0` for any other free port: {spec},0",
+    )
+
+
+def _why_not(number: int, error: OSError, spec: ListenSpec) -> str:
+    if not number:
+        return f"none is left in the ephemeral range ({_ephemeral_range()})"
+    if error.errno != errno.EADDRINUSE or spec.kind != "tcp":
+        return reason(error)
+    from portexec import tcp_table
+
+    owner = tcp_table.who_has(number)
+    return f"{reason(error)} ({owner})" if owner else reason(error)
+
+
+def _ephemeral_range() -> str:
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            return "-".join(file.read().split())
+    except OSError:
+        return "of this system"

@@ -1,0 +1,109 @@
+"""The kernel's own list of TCP sockets, and the processes that hold them: Linux' /proc/net/tcp, tcp6 and /proc/PID/fd.
+
+Only for messages and for watching, never for choosing a number: a number is chosen by binding it. A socket that is bound
+but neither listening nor connected is not in the list (proc(5)).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# include/net/tcp_states.h
+ESTABLISHED = 1
+TIME_WAIT = 6
+LISTEN = 10
+
+
+class TcpSocket:
+    """One row: its local address as bytes in network order, its port, state and inode (0 when no process holds it)."""
+
+    __slots__ = ("address", "inode", "port", "state")
+
+    def __init__(self, address: bytes, port: int, state: int, inode: int) -> None:
+        self.address = address
+        self.port = port
+        self.state = state
+        self.inode = inode
+
+
+def sockets_on(port: int) -> list[TcpSocket]:
+    """The TCP sockets of this network namespace whose local number is `port`; none where /proc does not tell."""
+    return [socket for name in ("tcp", "tcp6") for socket in _rows(name, port)]
+
+
+def _rows(name: str, port: int) -> Iterator[TcpSocket]:
+    wanted = b":%04X" % port
+    try:
+        with open(f"/proc/net/{name}", "rb") as table:
+            next(table, None)
+            for line in table:
+                fields = line.split(None, 10)
+                if fields[1].endswith(wanted):
+                    address = _address(fields[1].partition(b":")[0])
+                    yield TcpSocket(address, port, int(fields[3], 16), int(fields[9]))
+    except OSError:
+        return
+
+
+def _address(text: bytes) -> bytes:
+    """Decode an address, which the kernel prints as 32-bit words in the machine's byte order."""
+    raw = bytes.fromhex(text.decode())
+    if sys.byteorder == "big":
+        return raw
+    return b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
+
+
+def process_of(inode: int) -> tuple[int, str] | None:
+    """Pid and name of a process that has the socket open, or None where /proc does not tell."""
+    wanted = f"socket:[{inode}]"
+    try:
+        pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    except OSError:
+        return None
+    for pid in pids:
+        if _has_open(pid, wanted):
+            return pid, name_of(pid)
+    return None
+
+
+def _has_open(pid: int, wanted: str) -> bool:
+    directory = f"/proc/{pid}/fd"
+    try:
+        descriptors = os.listdir(directory)
+    except OSError:
+        return False
+    for descriptor in descriptors:
+        try:
+            if os.readlink(f"{directory}/{descriptor}") == wanted:
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def name_of(pid: int) -> str:
+    """The short name of a process, `?` when it is gone."""
+    try:
+        with open(f"/proc/{pid}/comm", errors="replace") as comm:
+            return comm.read().rstrip("\n")
+    except OSError:
+        return "?"
+
+
+def who_has(port: int) -> str:
+    """Say in a few words who keeps the number from us, as far as /proc tells: `pid 4711, node`; else an empty text."""
+    sockets = sockets_on(port)
+    for socket in sorted(sockets, key=lambda s: s.state != LISTEN):
+        owner = process_of(socket.inode) if socket.inode else None
+        if owner is not None:
+            return f"pid {owner[0]}, {owner[1]}"
+    if any(socket.state == LISTEN for socket in sockets):
+        return "a process that /proc does not show to you"
+    if any(socket.state == TIME_WAIT for socket in sockets):
+        return "old connections in TIME_WAIT, for up to a minute"
+    return ""
