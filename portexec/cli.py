@@ -6,7 +6,7 @@ import _signal
 import os
 import sys
 
-from portexec import __version__, execute, options, publish
+from portexec import __version__, execute, handoff, options, publish
 from portexec.errors import STATUS_FAILURE, PortexecError, reason
 from portexec.launch import Launch, prepare
 
@@ -14,6 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
+
+    from portexec.supervisor.run import Supervised
 
 _STDOUT = 1
 
@@ -40,15 +42,47 @@ def _run(chosen: options.Options) -> int:
         return _print(f"portexec {__version__}\n")
     if not chosen.command:
         raise PortexecError("no command to run", f"it comes last: {options.USAGE}")
+    kill_after = options.duration(chosen.kill_after, "--kill-after")
     launch = prepare(chosen)
     if chosen.dry_run:
         return _show_plan(launch, as_json=chosen.json)
+    supervised = _rehearse(launch) if launch.choice.hand_off == handoff.GUARD else None
     _publish(launch, chosen)
     try:
+        if supervised is not None:
+            return _supervise(supervised, chosen, launch, kill_after)
         execute.execute(launch.plan)
     except BaseException:
         launch.bound.remove_paths()
         raise
+
+
+def _rehearse(launch: Launch) -> Supervised | None:
+    """Start the child of hand-off `guard`, or where that cannot be had and `auto` allows it, turn to `hold`."""
+    from portexec import privileges
+    from portexec.supervisor import run
+
+    try:
+        if not launch.choice.is_final and (danger := privileges.lost_by(launch.plan.file)):
+            raise run.RefusedError(danger)
+        return run.spawn(launch.plan, launch.bound.guards, launch.remap)
+    except run.RefusedError as refusal:
+        if launch.choice.is_final:
+            launch.bound.close()
+            raise PortexecError(
+                f"hand-off guard cannot be had here: {refusal}",
+                "portexec --check shows what can; --hand-off hold needs nothing",
+            ) from refusal
+        launch.hold(f"hand-off guard cannot be had: {refusal}")
+        return None
+
+
+def _supervise(supervised: Supervised, chosen: options.Options, launch: Launch, kill_after: float) -> int:
+    from portexec.supervisor import run
+    from portexec.supervisor.diagnosis import Diagnosis
+
+    diagnosis = Diagnosis(launch.bound.guards, quiet=chosen.quiet, verbose=chosen.verbose)
+    return run.end_as(run.Supervisor(supervised, diagnosis, kill_after).run())
 
 
 def _show_plan(launch: Launch, *, as_json: bool) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _DEFAULT_PATH = "/bin:/usr/bin"  # what execvp(3) takes when there is no PATH
-_OUT_OF_THE_WAY = 64  # scripts use descriptors up to 9 by number, shells save theirs from 10 on
+OUT_OF_THE_WAY = 64  # scripts use descriptors up to 9 by number, shells save theirs from 10 on
 _STDERR = 2
 _JOBSERVER_OPTIONS = ("--jobserver-auth=", "--jobserver-fds=")
 _JOBSERVER_VARIABLES = ("MAKEFLAGS", "MFLAGS", "CARGO_MAKEFLAGS")
@@ -66,7 +66,7 @@ def execute(plan: Plan) -> NoReturn:
     Raises PortexecError with status 126 or 127 when the kernel refuses, and with 125 when descriptors run out.
     """
     environment = dict(plan.environment)
-    errors = fcntl.fcntl(_STDERR, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY) if plan.first_fd <= _STDERR else -1
+    errors = fcntl.fcntl(_STDERR, fcntl.F_DUPFD_CLOEXEC, OUT_OF_THE_WAY) if plan.first_fd <= _STDERR else -1
     try:
         moved = place(plan.passed, plan.first_fd, plan.kept)
     except OSError as error:
@@ -115,7 +115,7 @@ def place(passed: tuple[int, ...], first_fd: int, kept: tuple[int, ...]) -> dict
 
 def _keep(fd: int) -> None:
     """Let the command inherit a descriptor, under a number that is in nobody's way if the limits allow one."""
-    if fd >= _OUT_OF_THE_WAY:
+    if fd >= OUT_OF_THE_WAY:
         os.set_inheritable(fd, True)
     else:
         _duplicate(fd, fd + 1, inheritable=True)
@@ -126,7 +126,7 @@ def _duplicate(fd: int, lowest: int, *, inheritable: bool) -> int:
     """Duplicate a descriptor to a free number out of the way, or where the limits do not reach that far, from `lowest` on."""
     command = fcntl.F_DUPFD if inheritable else fcntl.F_DUPFD_CLOEXEC
     try:
-        return fcntl.fcntl(fd, command, max(lowest, _OUT_OF_THE_WAY))
+        return fcntl.fcntl(fd, command, max(lowest, OUT_OF_THE_WAY))
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EMFILE):
             raise

@@ -19,22 +19,27 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 FD = "fd"
+GUARD = "guard"
 HOLD = "hold"
-HAND_OFFS = (AUTO, FD, HOLD)
+HAND_OFFS = (AUTO, FD, GUARD, HOLD)
 
 # How commands name a descriptor in their words: uvicorn, hypercorn and gunicorn, haproxy, and the kernel's own paths.
 _DESCRIPTOR_FORMS = ("--fd {}", "--fd={}", "fd://{}", "fd@{}", "/dev/fd/{}", "/proc/self/fd/{}")
 
 
 class Choice:
-    """A hand-off and the reason why it was chosen, for `-v`. `named`: the command names its descriptor by itself."""
+    """A hand-off and the reason why it was chosen, for `-v`.
 
-    __slots__ = ("hand_off", "named", "why")
+    `named`: the command names its descriptor by itself. `is_final`: it was asked for, and no other will do.
+    """
 
-    def __init__(self, hand_off: str, why: str, named: bool) -> None:
+    __slots__ = ("hand_off", "is_final", "named", "why")
+
+    def __init__(self, hand_off: str, why: str, *, named: bool = False, is_final: bool = False) -> None:
         self.hand_off = hand_off
         self.why = why
         self.named = named
+        self.is_final = is_final
 
 
 class Plan:
@@ -73,37 +78,64 @@ class Plan:
 
 
 def choose(
-    requested: str, specs: Sequence[ListenSpec], texts: Iterable[str], first_fd: int, *, fd_only: Sequence[str] = ()
+    requested: str,
+    specs: Sequence[ListenSpec],
+    texts: Iterable[str],
+    first_fd: int,
+    *,
+    fd_only: Sequence[str] = (),
+    guard_only: Sequence[str] = (),
 ) -> Choice:
-    """Choose the hand-off for a command.
+    """Choose the hand-off for a command; whether this machine can do it is found out later.
 
-    `texts` are its words and the templates of `-e`; `first_fd` is the number of the first listener's descriptor; `fd_only` are
-    options that were given and mean something with `fd` only.
-    Raises PortexecError when what was requested cannot be had.
+    `texts` are the command's words and the templates of `-e`; `first_fd` is the number of the first listener's descriptor;
+    `fd_only` and `guard_only` are options that were given and mean something with that hand-off only.
+    Raises PortexecError when what was requested contradicts itself.
     """
     sign = _descriptor_sign(texts, range(first_fd, first_fd + len(specs)))
     numberless = next((spec for spec in specs if spec.kind != "tcp"), None)
-    if requested == FD:
-        return Choice(FD, "as asked for", bool(sign))
-    if requested == HOLD:
-        _require_numbers(requested, numberless, fd_only)
-        return Choice(HOLD, "as asked for", False)
-    if sign:
-        return Choice(FD, f"the command names the descriptor ({sign})", True)
-    if numberless is not None:
-        return Choice(FD, f"{numberless} can only be handed over as a descriptor", False)
-    if fd_only:
-        return Choice(FD, f"{fd_only[0]} was given", False)
-    return Choice(HOLD, "the command names no descriptor", False)
-
-
-def _require_numbers(requested: str, numberless: ListenSpec | None, fd_only: Sequence[str]) -> None:
-    if numberless is not None:
+    hand_off, why = requested, "as asked for"
+    if requested == AUTO:
+        hand_off, why = _choose_automatically(sign, numberless, fd_only, guard_only)
+    if hand_off != FD and numberless is not None:
         raise PortexecError(
-            f"hand-off {requested} is for TCP ports, and {numberless} is none", "leave --hand-off out, or say --hand-off fd"
+            f"hand-off {hand_off} is for TCP ports, and {numberless} is none", "leave --hand-off out, or say --hand-off fd"
         )
+    for only, options in ((FD, fd_only), (GUARD, guard_only)):
+        if options and hand_off != only:
+            raise PortexecError(
+                f"{options[0]} needs hand-off {only}, and this is {hand_off}: {why}", "leave one of the two out"
+            )
+    is_final = requested != AUTO or bool(guard_only)
+    return Choice(hand_off, why, named=hand_off == FD and bool(sign), is_final=is_final)
+
+
+def _choose_automatically(
+    sign: str, numberless: ListenSpec | None, fd_only: Sequence[str], guard_only: Sequence[str]
+) -> tuple[str, str]:
+    if sign:
+        return FD, f"the command names the descriptor ({sign})"
+    if numberless is not None:
+        return FD, f"{numberless} can only be handed over as a descriptor"
     if fd_only:
-        raise PortexecError(f"{fd_only[0]} needs hand-off fd, not {requested}", "leave one of the two out")
+        return FD, f"{fd_only[0]} was given"
+    return GUARD, f"{guard_only[0]} was given" if guard_only else "the command names no descriptor"
+
+
+def parse_remap(texts: Iterable[str], specs: Sequence[ListenSpec]) -> dict[int, str]:
+    """From fixed numbers to names of listeners, by default the first. Raises PortexecError for a malformed option."""
+    remap: dict[int, str] = {}
+    for text in texts:
+        digits, equals, name = text.partition("=")
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 6 and 0 < int(digits) < 65536):
+            raise PortexecError(f"--remap {text!r} names no port", "write --remap PORT or --remap PORT=NAME")
+        if int(digits) in remap:
+            raise PortexecError(f"--remap has port {digits} twice", "a port can become only one listener's")
+        names = [spec.name for spec in specs]
+        if equals and name not in names:
+            raise PortexecError(f"--remap {text}: there is no listener {name!r}", f"the listeners are: {', '.join(names)}")
+        remap[int(digits)] = name if equals else names[0]
+    return remap
 
 
 def _descriptor_sign(texts: Iterable[str], numbers: Iterable[int]) -> str:

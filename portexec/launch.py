@@ -16,7 +16,7 @@ class Request:
     sockets that another activator handed to us (`inherited`, by name).
     """
 
-    __slots__ = ("backlog", "chosen", "extra", "given", "inherited", "lowest_fd", "specs")
+    __slots__ = ("backlog", "chosen", "extra", "given", "inherited", "lowest_fd", "remap", "specs")
 
     def __init__(self, chosen: options.Options) -> None:
         self.chosen = chosen
@@ -25,6 +25,7 @@ class Request:
         self.specs = spec.parse_listen(chosen.listen or [spec.DEFAULT])
         self.backlog = options.number(chosen.backlog, "--backlog", 0, _MAX_BACKLOG)
         self.lowest_fd = options.number(chosen.first_fd or str(activation.FIRST_FD), "--first-fd", 0, _MAX_FD)
+        self.remap = handoff.parse_remap(chosen.remap, self.specs)
         self.extra = dict(_split_assignment(text) for text in chosen.env)
 
     @property
@@ -36,17 +37,19 @@ class Request:
         fd_only = [
             name for name, is_given in (("--first-fd", self.chosen.first_fd), ("--no-pid", self.chosen.no_pid)) if is_given
         ]
+        guard_only = ["--remap"] if self.remap else []
         texts = [*self.chosen.command, *self.extra.values()]
-        return handoff.choose(self.chosen.hand_off, self.specs, texts, self.first_fd, fd_only=fd_only)
+        return handoff.choose(self.chosen.hand_off, self.specs, texts, self.first_fd, fd_only=fd_only, guard_only=guard_only)
 
 
 class Launch:
     """A plan with all that is bound for it, which it owns until the command has it.
 
-    `variables` are the injected numbers; `first_fd` is the descriptor of the first listener, None if none is passed.
+    `variables` are the injected numbers; `first_fd` is the descriptor of the first listener, None if none is passed; `remap`
+    goes from fixed numbers to ours.
     """
 
-    __slots__ = ("bound", "choice", "first_fd", "plan", "variables")
+    __slots__ = ("bound", "choice", "first_fd", "plan", "remap", "variables")
 
     def __init__(
         self,
@@ -55,12 +58,20 @@ class Launch:
         plan: handoff.Plan,
         variables: dict[str, str],
         first_fd: int | None,
+        remap: dict[int, int],
     ) -> None:
         self.choice = choice
         self.bound = bound
         self.plan = plan
         self.variables = variables
         self.first_fd = first_fd
+        self.remap = remap
+
+    def hold(self, why: str) -> None:
+        """Make it a launch with hand-off `hold`, in which the command inherits guards that give way to SO_REUSEADDR."""
+        self.choice = handoff.Choice(handoff.HOLD, why)
+        self.plan.kept = self.bound.guard_descriptors()
+        self.bound.open_to_reusers()
 
 
 def prepare(chosen: options.Options) -> Launch:
@@ -68,9 +79,7 @@ def prepare(chosen: options.Options) -> Launch:
     request = Request(chosen)
     choice = request.choose()
     listening = choice.hand_off == handoff.FD
-    bound = sockets.bind_all(
-        request.specs, listening=listening, shared=choice.hand_off == handoff.HOLD, backlog=request.backlog
-    )
+    bound = sockets.bind_all(request.specs, listening=listening, backlog=request.backlog)
     try:
         return _plan(request, choice, bound)
     except BaseException:
@@ -97,10 +106,15 @@ def _plan(request: Request, choice: handoff.Choice, bound: sockets.Bound) -> Lau
         complete,
         passed=handoff.descriptors(request.inherited, bound.listeners),
         first_fd=request.lowest_fd,
-        kept=tuple(guard.fileno() for guard in bound.guards.values()),
+        kept=() if choice.hand_off == handoff.GUARD else bound.guard_descriptors(),
         for_pid=bool(names) and not request.chosen.no_pid,
     )
-    return Launch(choice, bound, plan, variables, first_fd)
+    ports = {listener.name: listener.port for listener in bound.listeners}
+    remap = {fixed: ports[name] for fixed, name in request.remap.items()}
+    launch = Launch(choice, bound, plan, variables, first_fd, remap)
+    if choice.hand_off == handoff.HOLD:
+        launch.hold(choice.why)
+    return launch
 
 
 def _split_assignment(text: str) -> tuple[str, str]:

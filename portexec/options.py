@@ -45,6 +45,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
         "Hand-off",
         (
             Option("-H", "--hand-off", "|".join(handoff.HAND_OFFS), "how the command gets the port; default auto"),
+            Option("", "--remap", "PORT[=NAME]", "a bind to this fixed port gets the listener's instead", repeatable=True),
             Option("", "--first-fd", "N", "the first descriptor; default 3, 0 is standard input"),
             Option("", "--no-pid", "", "leave LISTEN_PID out, for commands behind npm, make, uv run"),
         ),
@@ -67,9 +68,14 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
         ),
     ),
     (
+        "Lifetime",
+        (Option("-k", "--kill-after", "DURATION", "the time between TERM and KILL; default 5s"),),
+    ),
+    (
         "Other",
         (
             Option("-n", "--dry-run", "", "print the plan and exit"),
+            Option("", "--check", "", "tell what this machine can do, and exit"),
             Option("-h", "--help", "", "show this page and exit"),
             Option("-V", "--version", "", "show the version and exit"),
         ),
@@ -93,9 +99,10 @@ SPEC is ADDRESS, ADDRESS:PORTS, PORTS, unix:PATH or udp:[ADDRESS:]PORTS, where
 The command sees $PORT, and $API_PORT for a listener named api. In its words and in
 -e, {port} {host} {url} {fd} stand for the first listener, {api.port} ... for api.
 
-Hand-off fd gives the command listening sockets, at descriptor 3 and following and as
-LISTEN_FDS. With hold it binds the number itself, which is kept free for it meanwhile.
-auto is fd when the command names the descriptor ({fd}, --fd 3, fd://3), else hold.
+Hand-offs: fd gives the command listening sockets, at descriptor 3 and following and as
+LISTEN_FDS. With guard it binds the number itself, and nobody else can. With hold it
+binds it itself, and so could another that names it and sets SO_REUSEADDR. auto is fd
+when the command names the descriptor ({fd}, --fd 3, fd://3), else guard, else hold.
 
 Exit status: the command's own; 125 if portexec itself failed, 126 if the command
 cannot be executed, 127 if it was not found.
@@ -111,6 +118,7 @@ class Options:
         self.hand_off: str = handoff.AUTO
         self.first_fd: str = ""
         self.no_pid = False
+        self.remap: list[str] = []
         self.env: list[str] = []
         self.env_file: list[str] = []
         self.port_file: str | None = None
@@ -118,7 +126,9 @@ class Options:
         self.json = False
         self.quiet = False
         self.verbose = False
+        self.kill_after: str = "5s"
         self.dry_run = False
+        self.check = False
         self.help = False
         self.version = False
         self.command: list[str] = []
@@ -181,6 +191,15 @@ def number(text: str, option: str, lowest: int, highest: int) -> int:
     if text.isascii() and text.isdigit() and len(text) < 12 and lowest <= int(text) <= highest:
         return int(text)
     raise PortexecError(f"{option} {text!r} is not a number from {lowest} to {highest}", f"write {option} {lowest}")
+
+
+def duration(text: str, option: str) -> float:
+    """The seconds in `5s`, `500ms`, `2m`, `1.5` (seconds). Raises PortexecError when it is no duration."""
+    for unit, seconds in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
+        amount = text.removesuffix(unit)
+        if text.endswith(unit) and amount.isascii() and amount.replace(".", "", 1).isdigit():
+            return float(amount) * seconds
+    raise PortexecError(f"{option} {text!r} is no duration", "write a number and a unit: 500ms, 5s, 2m")
 
 
 def help_text() -> str:

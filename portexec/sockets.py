@@ -8,7 +8,7 @@ net/ipv4/inet_connection_sock.c).
 Our own sockets get past the guard by the *flip*: SO_REUSEPORT on guard and socket, bind and listen, SO_REUSEPORT off again.
 The kernel reads the option live and shares SO_REUSEPORT within one user only, so even in between strangers stay out. The
 flip leaves (user, address) in that cache, which would let the same user bind the same address once more; the *scrub*, one
-more flipped bind of a throw-away socket to a random loopback address, overwrites it.
+more flipped bind of a throw-away socket to a random loopback address, overwrites it before the flip ends.
 
 Sockets are made by `_socket`, not by `socket`: importing the latter takes longer than all the rest of portexec, for
 enumerations that are not needed here.
@@ -89,6 +89,17 @@ class Bound:
         self.listeners: list[Listener] = []
         self.guards: dict[int, _socket.socket] = {}
 
+    def guard_descriptors(self) -> tuple[int, ...]:
+        """The descriptors of the guards, one for each number."""
+        return tuple(guard.fileno() for guard in self.guards.values())
+
+    def open_to_reusers(self) -> None:
+        """Let the guards give way to whoever sets SO_REUSEADDR. Never before a guard is bound: two of them could then have
+        the same number.
+        """
+        for guard in self.guards.values():
+            guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+
     def close(self) -> None:
         """Give everything back: close the sockets, and remove the unix sockets that were made."""
         for guard in self.guards.values():
@@ -108,21 +119,17 @@ class Bound:
             unix_sockets.remove(path)
 
 
-def bind_all(specs: Iterable[ListenSpec], *, listening: bool, shared: bool = False, backlog: int = 0) -> Bound:
+def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) -> Bound:
     """Choose and guard a number for every spec.
 
     `listening`: make a listening socket for each, with this backlog (0 for the greatest). Otherwise the command is to bind
-    the number itself. `shared`: the guards let a binder with SO_REUSEADDR pass, which is hand-off `hold`.
+    the number itself.
     Raises PortexecError, with nothing left bound, when any of them cannot be had.
     """
     bound = Bound()
     try:
         for spec in specs:
             bound.listeners.append(_bind(spec, bound.guards, backlog or _socket.SOMAXCONN if listening else None))
-        if shared:
-            # Set after the bind: two guards that bind with it could have the same number.
-            for guard in bound.guards.values():
-                guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
     except OSError as error:
         bound.close()
         raise _exhausted(error) from error
@@ -242,11 +249,10 @@ def _bind_tcp(
     socket = None
     try:
         socket = _inet_socket(family, spec)
-        with Flip(guard, socket):
+        with Flip(guard, socket, number):
             socket.bind(address(number))
             if backlog is not None:
                 socket.listen(backlog)
-        scrub(guard, number)
     except BaseException:
         if socket is not None:
             socket.close()
@@ -307,7 +313,7 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
     while we hold it, no other launch gets here. Being bound without the option, it also keeps the kernel from caching that
     SO_REUSEADDR suffices on this number (tb->fastreuse, Linux up to 6.1).
     """
-    with Mutex(address[1]) as mutex, Flip(mutex.socket, guard):
+    with Mutex(address[1]) as mutex, Flip(mutex.socket, guard, address[1]):
         guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         try:
             guard.bind(address)
@@ -338,34 +344,59 @@ class Mutex:
 
 
 class Flip:
-    """The time in which `socket` may be bound, or may listen, beside `guard`; see the module's text."""
+    """The time in which `socket` may be bound, or may listen, on a number beside its guard; see the module's text.
 
-    __slots__ = ("guard", "socket", "was_shared")
+    What takes time is done before the guard opens, and the scrub while it is still open. Root can do better than share with
+    its own user: for this time the sockets belong to a user that nobody is and that nobody can guess (fchown(2) on a socket
+    changes the user whom the kernel compares).
+    """
 
-    def __init__(self, guard: _socket.socket, socket: _socket.socket) -> None:
+    __slots__ = ("guard", "number", "owner", "owners", "random_address", "scrub", "socket", "was_shared")
+
+    def __init__(self, guard: _socket.socket, socket: _socket.socket, number: int) -> None:
+        one, two, three, *owner = os.urandom(7)
         self.guard = guard
         self.socket = socket
+        self.number = number
+        self.random_address = f"127.{one}.{two}.{three}"
+        self.owner = 1 << 31 | int.from_bytes(owner, "big") >> 2
+        self.owners: list[tuple[_socket.socket, int]] = []
         self.was_shared = socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)
+        self.scrub = _new_socket(AF_INET)
 
     def __enter__(self) -> None:
+        self.scrub.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        self.scrub.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+        if os.geteuid() == 0:
+            self._hide()
         self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
         self.guard.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
 
     def __exit__(self, *_: object) -> None:
+        try:
+            self.scrub.bind((self.random_address, self.number))
+        except OSError:
+            pass  # the worst that remains is what the kernel cached: our own user, this very address
         self.guard.setsockopt(SOL_SOCKET, SO_REUSEPORT, 0)
         self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self.was_shared)
+        self.scrub.close()
+        self._show()
 
+    def _hide(self) -> None:
+        """Change the owner of the three sockets, or of none where that is not possible: in a container without CAP_CHOWN."""
+        try:
+            for socket in (self.scrub, self.socket, self.guard):
+                before = os.fstat(socket.fileno()).st_uid
+                os.fchown(socket.fileno(), self.owner, -1)
+                self.owners.append((socket, before))
+        except OSError:
+            self._show()
 
-def scrub(guard: _socket.socket, number: int) -> None:
-    """Make the kernel forget for which address the last flip was; see the module's text."""
-    socket = _new_socket(AF_INET)
-    try:
-        socket.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
-        one, two, three = os.urandom(3)
-        with Flip(guard, socket):
-            socket.bind((f"127.{one}.{two}.{three}", number))
-    finally:
-        socket.close()
+    def _show(self) -> None:
+        for socket, before in self.owners:
+            if socket is not self.scrub:
+                os.fchown(socket.fileno(), before, -1)
+        self.owners.clear()
 
 
 def _new_socket(family: int, kind: int = SOCK_STREAM) -> _socket.socket:

@@ -6,7 +6,9 @@ but neither listening nor connected is not in the list (proc(5)).
 
 from __future__ import annotations
 
+import _socket
 import os
+import struct
 import sys
 
 TYPE_CHECKING = False
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
 ESTABLISHED = 1
 TIME_WAIT = 6
 LISTEN = 10
+
+_NETLINK_HEADER = struct.Struct("=IHHII")  # length, kind, flags, sequence number, port id
+_DIAG_REQUEST = struct.Struct("=BBBBI2s46x")  # family, protocol, extensions, padding, states, source port, rest of the id
+_DIAG_INODE = 68  # of the u32 idiag_inode in struct inet_diag_msg
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_REQUEST_DUMP = 0x301
+_NETLINK_ERROR = 2
+_NETLINK_DONE = 3
 
 
 class TcpSocket:
@@ -34,6 +45,41 @@ class TcpSocket:
 def sockets_on(port: int) -> list[TcpSocket]:
     """The TCP sockets of this network namespace whose local number is `port`; none where /proc does not tell."""
     return [socket for name in ("tcp", "tcp6") for socket in _rows(name, port)]
+
+
+def listening_inodes(port: int) -> set[int]:
+    """The inodes of the sockets that listen on this number, in this network namespace.
+
+    Asked of sock_diag(7), which looks at listening sockets only; where that is refused or not built in, of /proc.
+    """
+    try:
+        return _diag_listening(_socket.AF_INET, port) | _diag_listening(_socket.AF_INET6, port)
+    except OSError:
+        return {socket.inode for socket in sockets_on(port) if socket.state == LISTEN}
+
+
+def _diag_listening(family: int, port: int) -> set[int]:
+    """Dump the listening sockets of one family: linux/netlink.h, linux/inet_diag.h (struct inet_diag_req_v2 and its answer)."""
+    request = _DIAG_REQUEST.pack(family, _socket.IPPROTO_TCP, 0, 0, 1 << LISTEN, port.to_bytes(2, "big"))
+    header = _NETLINK_HEADER.pack(_NETLINK_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
+    inodes: set[int] = set()
+    socket = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
+    try:
+        socket.send(header + request)
+        while True:
+            answer = socket.recv(1 << 16)
+            at = 0
+            while at + _NETLINK_HEADER.size <= len(answer):
+                length, kind, *_ = _NETLINK_HEADER.unpack_from(answer, at)
+                if kind == _NETLINK_DONE:
+                    return inodes
+                if kind == _NETLINK_ERROR:
+                    raise OSError(-int.from_bytes(answer[at + 16 : at + 20], sys.byteorder, signed=True), "sock_diag")
+                body = at + _NETLINK_HEADER.size
+                inodes.add(int.from_bytes(answer[body + _DIAG_INODE : body + _DIAG_INODE + 4], sys.byteorder))
+                at += length + 3 & ~3
+    finally:
+        socket.close()
 
 
 def _rows(name: str, port: int) -> Iterator[TcpSocket]:

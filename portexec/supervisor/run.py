@@ -1,0 +1,284 @@
+"""The parent: start a plan in a child, wait for it, stop its tree, end as it ended.
+
+No event loop and no threads: one poll(2) on the signals and on the command's notifications. That keeps the parent small for
+as long as the command lives.
+"""
+
+from __future__ import annotations
+
+import _signal
+import _socket
+import errno
+import fcntl
+import os
+import select
+import sys
+import time
+
+from portexec import execute
+from portexec.errors import PortexecError
+from portexec.handoff import Plan
+from portexec.supervisor import child, seccomp, signals
+from portexec.supervisor.admission import GATE_POLL, Admission, Observer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from portexec.supervisor.diagnosis import Diagnosis
+
+_MAX_MESSAGE = 1 << 16
+_TREE_POLL = 0.05  # seconds between two looks at a tree that is being stopped; its deaths wake us earlier
+
+
+class RefusedError(Exception):
+    """This machine does not let us admit binds; the text says why."""
+
+
+class Supervised:
+    """A child that is ready to execute the command, or does, and what is needed to look after it."""
+
+    def __init__(self, pid: int, control: _socket.socket, inbox: signals.Inbox, admission: Admission) -> None:
+        self.pid = pid
+        self.control = control
+        self.inbox = inbox
+        self.admission = admission
+        self.notifications = select.poll()
+        self.notifications.register(admission.notify_fd, select.POLLIN)
+
+    def has_notifications(self) -> bool:
+        """Whether a call of the command waits for an answer."""
+        return any(event & select.POLLIN for _, event in self.notifications.poll(0))
+
+    def has_filtered_tasks(self) -> bool:
+        """Whether anything below the filter still runs."""
+        return not any(event & select.POLLHUP for _, event in self.notifications.poll(0))
+
+    def serve(self) -> None:
+        self.admission.serve(self.has_notifications)
+
+
+def spawn(plan: Plan, guards: Mapping[int, _socket.socket], remap: Mapping[int, int]) -> Supervised:
+    """Fork the child and rehearse admission with it. The child then waits for `Supervised.control` to say GO.
+
+    To be called in a process with one thread. Raises RefusedError, with nothing left of the attempt, where this machine does
+    not let us; OSError when resources run out.
+    """
+    inbox = signals.Inbox()
+    seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)
+    lowest = max(plan.first_fd + len(plan.passed), execute.OUT_OF_THE_WAY)
+    control, childs_control = (_move_up(end, lowest) for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET))
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        child.main(childs_control, plan, next(iter(guards)), parent, inbox)
+    childs_control.close()
+    try:
+        return _rehearse(pid, control, inbox, guards, remap)
+    except BaseException:
+        signals.send(pid, _signal.SIGKILL)
+        os.waitpid(pid, 0)
+        control.close()
+        inbox.restore()
+        inbox.close()
+        seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 0)
+        raise
+
+
+def _move_up(socket: _socket.socket, lowest: int) -> _socket.socket:
+    """The same socket under a number where no descriptor of the plan is to be placed."""
+    fd = fcntl.fcntl(socket.fileno(), fcntl.F_DUPFD_CLOEXEC, lowest)
+    socket.close()
+    return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
+
+
+def _rehearse(
+    pid: int,
+    control: _socket.socket,
+    inbox: signals.Inbox,
+    guards: Mapping[int, _socket.socket],
+    remap: Mapping[int, int],
+) -> Supervised:
+    admission = Admission(_receive_notify_fd(control), guards, remap, Observer())
+    supervised = Supervised(pid, control, inbox, admission)
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    poll.register(admission.notify_fd, select.POLLIN)
+    while not (ready := dict(poll.poll(1000 * GATE_POLL if admission.has_open_gate else None))).get(control.fileno()):
+        if ready:
+            supervised.serve()
+        admission.look_at_gates()
+    message = control.recv(_MAX_MESSAGE)
+    admission.close_gates()
+    if message != child.REHEARSED + b"1":
+        raise RefusedError(f"the rehearsal failed: {message[1:].decode(errors='replace') or 'the child ended'}")
+    if admission.was_gated and remap:
+        raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
+    control.send(b"\0")
+    return supervised
+
+
+def _receive_notify_fd(control: _socket.socket) -> int:
+    message, ancillary, _, _ = control.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
+    if message[:1] == child.NOTIFY_FD and ancillary:
+        return int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+    code, _, why = message[1:].decode().partition(child.SEPARATOR)
+    raise RefusedError(_why_refused(int(code or 0), why))
+
+
+def _why_refused(code: int, why: str) -> str:
+    meanings = {
+        errno.EBUSY: "another supervisor has the notifications already: a portexec around this one, or a sandbox",
+        errno.EINVAL: "this kernel, or the sandbox around it, has no seccomp notifications",
+        errno.ENOSYS: "this kernel has no seccomp, or not for this machine",
+        errno.EPERM: "seccomp is denied here, by a container's profile or a sandbox",
+        errno.EACCES: "seccomp is denied here, by a container's profile or a sandbox",
+    }
+    return f"{meanings.get(code, 'the filter cannot be installed')} ({why})"
+
+
+class Supervisor:
+    """Looks after a command from GO to its end."""
+
+    def __init__(self, supervised: Supervised, diagnosis: Diagnosis, kill_after: float) -> None:
+        self.supervised = supervised
+        self.diagnosis = diagnosis
+        self.kill_after = kill_after
+        self.told_to_stop = False
+        self.stop_requests = 0
+        self.wait_status: int | None = None
+        supervised.admission.observer = diagnosis
+        self._poll = select.poll()
+        self._poll.register(supervised.inbox, select.POLLIN)
+        self._poll.register(supervised.admission.notify_fd, select.POLLIN)
+
+    def run(self) -> int:
+        """Start the command, wait for its end, and return its wait status. Raises PortexecError if it cannot be executed."""
+        self._go()
+        while self.wait_status is None:
+            self._wait()
+        if self.told_to_stop:
+            self._stop_tree()
+        elif os.WIFEXITED(self.wait_status):
+            self.diagnosis.ended(os.WEXITSTATUS(self.wait_status))
+        if not self.told_to_stop and self.supervised.has_filtered_tasks():
+            self._leave_an_answerer()
+        return self.wait_status
+
+    def _go(self) -> None:
+        control = self.supervised.control
+        control.send(child.GO)
+        message = control.recv(_MAX_MESSAGE)
+        control.close()
+        if message[:1] == child.FAILED:
+            os.waitpid(self.supervised.pid, 0)
+            status, text, hint = os.fsdecode(message[1:]).split(child.SEPARATOR)
+            raise PortexecError(text, hint, int(status))
+
+    def _wait(self, longest: float | None = None) -> None:
+        """Wait for whatever comes first, and deal with it."""
+        admission = self.supervised.admission
+        limits = [GATE_POLL if admission.has_open_gate else None, self.diagnosis.patience(), longest]
+        times = [limit for limit in limits if limit is not None]
+        ready = dict(self._poll.poll(1000 * min(times) if times else None))
+        if ready.get(admission.notify_fd, 0) & select.POLLIN:
+            self.supervised.serve()
+        elif ready.get(admission.notify_fd, 0):
+            self._poll.unregister(admission.notify_fd)  # the last filtered task is gone
+        admission.look_at_gates()
+        if self.diagnosis.patience() == 0:
+            self.diagnosis.lose_patience()
+        if self.supervised.inbox.fileno() in ready:
+            for signal in self.supervised.inbox.read():
+                self._handle(signal)
+
+    def _handle(self, signal: signals.Received) -> None:
+        if signal.number == _signal.SIGCHLD:
+            self._reap()
+            return
+        if signal.number in signals.STOP_REQUESTS:
+            self.told_to_stop = True
+            self.stop_requests += 1
+        if self.wait_status is None and signals.is_to_be_forwarded(signal):
+            signals.send(self.supervised.pid, signal.number)
+
+    def _reap(self) -> None:
+        """Take the status of every child that ended or stopped: the command, and orphans that became ours."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.supervised.pid and os.WIFSTOPPED(status):
+                signals.stop_with(os.WSTOPSIG(status))
+            elif pid == self.supervised.pid:
+                self.wait_status = status
+
+    def _stop_tree(self) -> None:
+        """TERM to all that the command left running, KILL to what is left after the given time or a second request."""
+        requests = self.stop_requests
+        deadline = time.monotonic() + self.kill_after
+        told: set[int] = set()
+        while tree := descendants():
+            is_over = time.monotonic() > deadline or self.stop_requests > requests
+            for pid in tree if is_over else tree - told:
+                signals.send(pid, _signal.SIGKILL if is_over else _signal.SIGTERM)
+            told |= tree
+            self._wait(_TREE_POLL)
+
+    def _leave_an_answerer(self) -> None:
+        """Leave a process behind that answers what the command left running, until the last of it is gone.
+
+        Without it their binds would fail with ENOSYS. It keeps the guard, and nothing else of ours or of the user's.
+        """
+        if os.fork():
+            return
+        try:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDWR)
+            keep = {self.supervised.admission.notify_fd, *(g.fileno() for g in self.supervised.admission.guards.values())}
+            for fd in {int(name) for name in os.listdir("/proc/self/fd")} - keep - {null}:
+                try:
+                    os.close(fd)
+                except OSError:
+                    pass  # the listing's own descriptor
+            for stream in range(3):
+                os.dup2(null, stream)
+            os.chdir("/")
+            self.supervised.admission.observer = Observer()
+            while self.supervised.has_filtered_tasks():
+                self.supervised.notifications.poll(1000 * GATE_POLL if self.supervised.admission.has_open_gate else None)
+                self.supervised.serve()
+                self.supervised.admission.look_at_gates()
+        finally:
+            os._exit(0)
+
+
+def descendants() -> set[int]:
+    """The pids of all processes below this one. Those that are dead and wait for their parent are not among them."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    state, parent = file.read().rpartition(b")")[2].split()[:2]
+            except OSError:
+                continue
+            if state != b"Z":
+                children.setdefault(int(parent), []).append(int(name))
+    found: set[int] = set()
+    level = [os.getpid()]
+    while level:
+        level = [pid for parent in level for pid in children.get(parent, ()) if pid not in found]
+        found.update(level)
+    return found
+
+
+def end_as(wait_status: int) -> int:
+    """End as the command ended: by the same signal, or with the status that this returns."""
+    if os.WIFSIGNALED(wait_status):
+        signals.die_by(os.WTERMSIG(wait_status))
+        return 128 + os.WTERMSIG(wait_status)
+    return os.WEXITSTATUS(wait_status)

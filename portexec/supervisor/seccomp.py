@@ -1,0 +1,277 @@
+"""The kernel's numbers and layouts for seccomp user notification, and thin calls around them. Nothing is decided here.
+
+Sources: seccomp(2), seccomp_unotify(2), pidfd_getfd(2), include/uapi/linux/{seccomp,filter,audit,prctl}.h, and each machine's
+syscall table. `struct seccomp_notif` is `<Q id> <I pid> <I flags>` and `struct seccomp_data`, which is `<i nr> <I arch>
+<Q instruction pointer> <6Q args>`; `struct seccomp_notif_resp` is `<Q id> <q val> <i error> <I flags>`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import sys
+
+SET_MODE_FILTER = 1
+FLAG_SPEC_ALLOW = 1 << 2  # Linux 4.17; without it a filter slows every task below it down before 5.16
+FLAG_NEW_LISTENER = 1 << 3  # Linux 5.0
+FLAG_WAIT_KILLABLE_RECV = 1 << 5  # Linux 5.19
+RESPONSE_CONTINUE = 1  # Linux 5.5
+
+RET_ALLOW = 0x7FFF0000
+RET_USER_NOTIF = 0x7FC00000
+
+_NOTIFICATION = struct.Struct("=QIIiIQ6Q")
+_RESPONSE = struct.Struct("=QqiI")
+_ID = struct.Struct("=Q")
+_BUFFER_SIZE = 256  # a later kernel's notification may be longer; RECV wants zeros up to its own length
+_RECV = 0xC0502100
+_SEND = 0xC0182101
+_ID_VALID = 0x80082102  # the number that Linux 5.0 gave it; later kernels accept it beside the corrected one
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+
+_PIDFD_GETFD = 438
+_PIDFD_THREAD = os.O_EXCL  # Linux 6.9
+SOCKETCALL_BIND = 2
+SOCKETCALL_LISTEN = 4
+
+BIND = "bind"
+LISTEN = "listen"
+
+
+class Machine:
+    """One system call table: its audit number, the numbers of bind, listen and socketcall (0: none), and how
+    many bytes socketcall's arguments have each."""
+
+    def __init__(self, arch: int, bind: int, listen: int, socketcall: int = 0, word: int = 8) -> None:
+        self.arch = arch
+        self.bind = bind
+        self.listen = listen
+        self.socketcall = socketcall
+        self.word = word
+
+
+_I386 = Machine(0x40000003, 361, 363, 102, word=4)
+_ARM = Machine(0x40000028, 282, 284)
+_X86_64 = Machine(0xC000003E, 49, 50)
+_X32 = Machine(0xC000003E, 0x40000031, 0x40000032)
+_S390 = Machine(0x00000016, 361, 363, 102, word=4)
+
+# uname -m: the number of seccomp(2), and the tables that a process may use, the native one first.
+_MACHINES: dict[str, tuple[int, tuple[Machine, ...]]] = {
+    "x86_64": (317, (_X86_64, _X32, _I386)),
+    "i686": (354, (_I386,)),
+    "aarch64": (277, (Machine(0xC00000B7, 200, 201), _ARM)),
+    "armv7l": (383, (_ARM,)),
+    "riscv64": (277, (Machine(0xC00000F3, 200, 201),)),
+    "loongarch64": (277, (Machine(0xC0000102, 200, 201),)),
+    "ppc64le": (358, (Machine(0xC0000015, 327, 329, 102),)),
+    "s390x": (348, (Machine(0x80000016, 361, 363, 102), _S390)),
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Instruction(ctypes.Structure):
+    """struct sock_filter: one instruction of classic BPF."""
+
+    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
+
+
+class _Program(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("length", ctypes.c_uint16), ("filter", ctypes.POINTER(_Instruction)))
+
+
+# linux/bpf_common.h: load a word, compare, return; struct seccomp_data: offsets of nr, arch and the arguments' low halves.
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_NR, _ARCH = 0, 4
+_ARGS = 16 if sys.byteorder == "little" else 20
+_MIN_SOCKADDR = 16  # sockaddr_in; netlink's 12 bytes, which glibc binds at each name lookup, need not stop here
+
+
+def _block(machine: Machine) -> list[tuple[int, int, int, int]]:
+    """The instructions for one table, as (code, jump if true, jump if false, operand). They end in a return."""
+    notify, allow = (_RETURN, 0, 0, RET_USER_NOTIF), (_RETURN, 0, 0, RET_ALLOW)
+    block = [
+        (_LOAD, 0, 0, _NR),
+        (_EQUAL, 0, 4, machine.bind),
+        (_LOAD, 0, 0, _ARGS + 2 * 8),
+        (_AT_LEAST, 0, 1, _MIN_SOCKADDR),
+        notify,
+        allow,
+        (_EQUAL, 0, 1, machine.listen),
+        notify,
+    ]
+    if machine.socketcall:
+        block += [
+            (_EQUAL, 0, 5, machine.socketcall),
+            (_LOAD, 0, 0, _ARGS),
+            (_EQUAL, 1, 0, SOCKETCALL_BIND),
+            (_EQUAL, 0, 1, SOCKETCALL_LISTEN),
+            notify,
+            allow,
+        ]
+    return block
+
+
+def program(machines: tuple[Machine, ...]) -> list[tuple[int, int, int, int]]:
+    """The whole filter: bind and listen of every table are notified, all else is allowed, as are unknown tables."""
+    instructions: list[tuple[int, int, int, int]] = [(_LOAD, 0, 0, _ARCH)]
+    for arch in dict.fromkeys(machine.arch for machine in machines):
+        tables = [_block(machine) for machine in machines if machine.arch == arch]
+        block = [instruction for table in tables for instruction in table] + [(_RETURN, 0, 0, RET_ALLOW)]
+        instructions += [(_EQUAL, 0, len(block), arch), *block]
+    return [*instructions, (_RETURN, 0, 0, RET_ALLOW)]
+
+
+def _syscall(number: int, *arguments: int) -> int:
+    """Make a system call. Every argument is as wide as a register: a varargs call leaves rubbish in the upper halves."""
+    result = int(_libc.syscall(ctypes.c_long(number), *(ctypes.c_long(argument) for argument in arguments)))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def prctl(option: int, value: int) -> None:
+    """Set one attribute of this process. Raises OSError."""
+    if _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def is_known_machine() -> bool:
+    """Whether the numbers of this machine are in the table."""
+    return os.uname().machine in _MACHINES
+
+
+def has_flags(flags: int) -> bool:
+    """Whether this kernel knows all these flags. Raises OSError where seccomp itself is refused. Nothing is installed.
+
+    A filter that is a null pointer is EFAULT with flags that are known, EINVAL with others.
+    """
+    try:
+        _syscall(_MACHINES[os.uname().machine][0], SET_MODE_FILTER, flags, 0)
+    except OSError as error:
+        if error.errno not in (errno.EFAULT, errno.EINVAL):
+            raise
+        return error.errno == errno.EFAULT
+    return False
+
+
+def install() -> int:
+    """Filter this process and all that it will become or start; return the notify fd, close-on-exec.
+
+    No-new-privileges is set only where the kernel demands it, that is without CAP_SYS_ADMIN. Raises OSError, with nothing
+    installed: EBUSY under another notifier, EINVAL, EPERM or ENOSYS where it is not to be had.
+    """
+    try:
+        number, machines = _MACHINES[os.uname().machine]
+    except KeyError:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    instructions = program(machines)
+    array = (_Instruction * len(instructions))(*(_Instruction(*fields) for fields in instructions))
+    compiled = _Program(len(instructions), array)
+    flags = FLAG_NEW_LISTENER | FLAG_SPEC_ALLOW
+    if has_flags(flags | FLAG_WAIT_KILLABLE_RECV):
+        flags |= FLAG_WAIT_KILLABLE_RECV
+    try:
+        return _syscall(number, SET_MODE_FILTER, flags, ctypes.addressof(compiled))
+    except OSError as error:
+        if error.errno != errno.EACCES:
+            raise
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        return _syscall(number, SET_MODE_FILTER, flags, ctypes.addressof(compiled))
+
+
+class Notification:
+    """A system call of the command that waits for an answer. `thread` is the caller's thread id, `call` BIND or LISTEN."""
+
+    __slots__ = ("arch", "args", "id", "nr", "thread")
+
+    def __init__(self, fields: tuple[int, ...]) -> None:
+        self.id, self.thread, _, self.nr, self.arch = fields[:5]
+        self.args = fields[6:]
+
+
+def receive(notify_fd: int) -> Notification | None:
+    """Take the next notification; None when its caller has gone in the meantime or a signal came first."""
+    buffer = bytearray(_BUFFER_SIZE)
+    try:
+        fcntl.ioctl(notify_fd, _RECV, buffer, True)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINTR):
+            return None
+        raise
+    return Notification(_NOTIFICATION.unpack_from(buffer))
+
+
+def is_waiting(notify_fd: int, identifier: int) -> bool:
+    """Whether the caller still waits, so that what was read of it meanwhile was really its own."""
+    try:
+        fcntl.ioctl(notify_fd, _ID_VALID, _ID.pack(identifier))
+    except OSError:
+        return False
+    return True
+
+
+def answer(notify_fd: int, identifier: int, code: int | None) -> bool:
+    """Let the call return 0 or fail with this errno, or with None go on in the kernel. False: the caller has gone."""
+    error, flags = (0, RESPONSE_CONTINUE) if code is None else (-code, 0)
+    try:
+        fcntl.ioctl(notify_fd, _SEND, _RESPONSE.pack(identifier, 0, error, flags))
+    except OSError as failure:
+        if failure.errno not in (errno.ENOENT, errno.EINPROGRESS):
+            raise
+        return False
+    return True
+
+
+def machine_of(notification: Notification) -> Machine | None:
+    """The table that the notified call is from."""
+    for machine in _MACHINES[os.uname().machine][1]:
+        if machine.arch == notification.arch and notification.nr in (machine.bind, machine.listen, machine.socketcall):
+            return machine
+    return None
+
+
+def duplicate(thread: int, fd: int) -> int:
+    """A duplicate, close-on-exec, of a descriptor of another thread. Raises OSError: EPERM, EBADF, ESRCH.
+
+    A thread that is not the leader has a pidfd of its own from Linux 6.9 on; before, its process' table is the same.
+    """
+    try:
+        pidfd = os.pidfd_open(thread, _PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        pidfd = os.pidfd_open(_process_of(thread))
+    try:
+        return _syscall(_PIDFD_GETFD, pidfd, fd, 0)
+    finally:
+        os.close(pidfd)
+
+
+def _process_of(thread: int) -> int:
+    with open(f"/proc/{thread}/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"Tgid:"):
+                return int(line.split()[1])
+    raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+
+
+def bind(fd: int, address: bytes) -> int:
+    """bind(2) with the bytes as they are; returns the errno, 0 for success."""
+    return 0 if _libc.bind(fd, address, len(address)) == 0 else ctypes.get_errno()
+
+
+def listen(fd: int, backlog: int) -> int:
+    """listen(2) with the backlog as it is, negative ones too; returns the errno, 0 for success."""
+    return 0 if _libc.listen(fd, ctypes.c_int(backlog)) == 0 else ctypes.get_errno()

@@ -1,0 +1,153 @@
+"""Signals of the waiting parent: what is forwarded, what is not, stopping and continuing with the command.
+
+All that we would forward is blocked and read from a signalfd(2), which tells who sent it. What the terminal sends (Ctrl-C,
+Ctrl-Z, a new window size) it sends to the whole process group, the command included, so that is not forwarded.
+"""
+
+from __future__ import annotations
+
+import _signal
+import ctypes
+import errno
+import os
+import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+FORWARDED = frozenset(
+    {
+        _signal.SIGHUP,
+        _signal.SIGINT,
+        _signal.SIGQUIT,
+        _signal.SIGTERM,
+        _signal.SIGUSR1,
+        _signal.SIGUSR2,
+        _signal.SIGWINCH,
+        _signal.SIGCONT,
+        _signal.SIGTSTP,
+        _signal.SIGTTIN,
+        _signal.SIGTTOU,
+        *range(_signal.SIGRTMIN, _signal.SIGRTMAX + 1),
+    }
+)
+STOP_REQUESTS = frozenset({_signal.SIGTERM, _signal.SIGINT})
+_JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU, _signal.SIGSTOP})
+
+# signalfd_siginfo begins with the number, an errno and the code; it is 128 bytes long.
+_INFO = struct.Struct("=IiiI")
+_INFO_SIZE = 128
+_SENT_BY_KERNEL = 0x80  # SI_KERNEL, sigaction(2)
+_SIGSET_WORDS = 1024 // (8 * ctypes.sizeof(ctypes.c_ulong))
+_CLOEXEC_NONBLOCK = os.O_CLOEXEC | os.O_NONBLOCK
+
+
+class Received:
+    """One signal. `from_terminal`: the kernel sent it, and so to the whole foreground group."""
+
+    __slots__ = ("from_terminal", "number")
+
+    def __init__(self, number: int, from_terminal: bool) -> None:
+        self.number = number
+        self.from_terminal = from_terminal
+
+
+class Inbox:
+    """The signals of this process, blocked and to be read. `fileno` is readable when some are there; `close` ends it.
+
+    SIGCHLD is among them, and is not ignored for as long as the inbox lives, since then no status would be kept.
+    """
+
+    def __init__(self) -> None:
+        numbers = {*FORWARDED, _signal.SIGCHLD}
+        self.mask_before = _signal.pthread_sigmask(_signal.SIG_BLOCK, numbers)
+        self.child_handler_before = _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+        self._fd = _signalfd(numbers)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self) -> Iterable[Received]:
+        """Return what has arrived, in the order of arrival."""
+        received: list[Received] = []
+        while True:
+            try:
+                data = os.read(self._fd, 16 * _INFO_SIZE)
+            except BlockingIOError:
+                return received
+            for at in range(0, len(data), _INFO_SIZE):
+                number, _, code, _ = _INFO.unpack_from(data, at)
+                received.append(Received(number, code == _SENT_BY_KERNEL))
+
+    def restore(self) -> None:
+        """Give signals the mask and the disposition that they had; called in the child and before portexec itself executes."""
+        if self.child_handler_before is not None:
+            _signal.signal(_signal.SIGCHLD, self.child_handler_before)
+        if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+            _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, self.mask_before)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def is_to_be_forwarded(signal: Received) -> bool:
+    """Whether the command has not got it already.
+
+    A hang-up comes from the kernel to a session leader alone when its terminal goes away.
+    """
+    if signal.number not in FORWARDED:
+        return False
+    is_hangup_of_leader = signal.number == _signal.SIGHUP and os.getsid(0) == os.getpid()
+    return not signal.from_terminal or is_hangup_of_leader
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a child of ours that has not been waited for, or to one that may have gone."""
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def stop_with(stop_signal: int) -> None:
+    """Stop as the command was stopped, so that the shell sees the job stop; returns when we are continued.
+
+    Without a terminal nobody would continue us, and the command's binds would wait for ever.
+    """
+    if stop_signal in _JOB_CONTROL_STOPS and _has_terminal():
+        os.kill(os.getpid(), _signal.SIGSTOP)
+
+
+def die_by(number: int) -> None:
+    """End by this signal, without a second core file. Returns where that is impossible, as for PID 1."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if number not in (_signal.SIGKILL, _signal.SIGSTOP):
+        _signal.signal(number, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _signalfd(numbers: Iterable[int]) -> int:
+    """signalfd(2), which Python does not offer."""
+    words = [0] * _SIGSET_WORDS
+    width = 8 * ctypes.sizeof(ctypes.c_ulong)
+    for number in numbers:
+        words[(number - 1) // width] |= 1 << (number - 1) % width
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = int(libc.signalfd(ctypes.c_int(-1), (ctypes.c_ulong * _SIGSET_WORDS)(*words), ctypes.c_int(_CLOEXEC_NONBLOCK)))
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code) if code else errno.errorcode.get(code, ""))
+    return fd
