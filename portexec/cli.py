@@ -40,6 +40,10 @@ def _run(chosen: options.Options) -> int:
         return _print(options.help_text())
     if chosen.version:
         return _print(f"portexec {__version__}\n")
+    if chosen.check:
+        from portexec import check
+
+        return _print(check.report_json() if chosen.json else check.report_text())
     if not chosen.command:
         raise PortexecError("no command to run", f"it comes last: {options.USAGE}")
     kill_after = options.duration(chosen.kill_after, "--kill-after")

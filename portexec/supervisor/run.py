@@ -55,7 +55,13 @@ class Supervised:
         return not any(event & select.POLLHUP for _, event in self.notifications.poll(0))
 
     def serve(self) -> None:
+        """Answer all calls that wait."""
         self.admission.serve(self.has_notifications)
+
+    def cancel(self) -> None:
+        """End the child before it was told to go, and make this process again what it was."""
+        os.close(self.admission.notify_fd)
+        _take_back(self.pid, self.control, self.inbox)
 
 
 def spawn(plan: Plan, guards: Mapping[int, _socket.socket], remap: Mapping[int, int]) -> Supervised:
@@ -76,13 +82,17 @@ def spawn(plan: Plan, guards: Mapping[int, _socket.socket], remap: Mapping[int, 
     try:
         return _rehearse(pid, control, inbox, guards, remap)
     except BaseException:
-        signals.send(pid, _signal.SIGKILL)
-        os.waitpid(pid, 0)
-        control.close()
-        inbox.restore()
-        inbox.close()
-        seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 0)
+        _take_back(pid, control, inbox)
         raise
+
+
+def _take_back(pid: int, control: _socket.socket, inbox: signals.Inbox) -> None:
+    signals.send(pid, _signal.SIGKILL)
+    os.waitpid(pid, 0)
+    control.close()
+    inbox.restore()
+    inbox.close()
+    seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 0)
 
 
 def _move_up(socket: _socket.socket, lowest: int) -> _socket.socket:
@@ -99,23 +109,35 @@ def _rehearse(
     guards: Mapping[int, _socket.socket],
     remap: Mapping[int, int],
 ) -> Supervised:
-    admission = Admission(_receive_notify_fd(control), guards, remap, Observer())
-    supervised = Supervised(pid, control, inbox, admission)
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
-    poll.register(admission.notify_fd, select.POLLIN)
-    while not (ready := dict(poll.poll(1000 * GATE_POLL if admission.has_open_gate else None))).get(control.fileno()):
-        if ready:
-            supervised.serve()
-        admission.look_at_gates()
-    message = control.recv(_MAX_MESSAGE)
-    admission.close_gates()
-    if message != child.REHEARSED + b"1":
-        raise RefusedError(f"the rehearsal failed: {message[1:].decode(errors='replace') or 'the child ended'}")
-    if admission.was_gated and remap:
-        raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
+    """Serve the child's bind and listen on a number of ours, and hear from it whether they worked."""
+    notify_fd = _receive_notify_fd(control)
+    try:
+        supervised = Supervised(pid, control, inbox, Admission(notify_fd, guards, remap, Observer()))
+        outcome = _serve_rehearsal(supervised)
+        if outcome != "1":
+            raise RefusedError(f"the rehearsal failed: {outcome or 'the child ended'}")
+        if supervised.admission.was_gated and remap:
+            raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
+    except BaseException:
+        os.close(notify_fd)
+        raise
     control.send(b"\0")
     return supervised
+
+
+def _serve_rehearsal(supervised: Supervised) -> str:
+    admission = supervised.admission
+    poll = select.poll()
+    poll.register(supervised.control, select.POLLIN)
+    poll.register(admission.notify_fd, select.POLLIN)
+    while True:
+        ready = dict(poll.poll(1000 * GATE_POLL if admission.has_open_gate else None))
+        if ready.get(admission.notify_fd, 0) & select.POLLIN:
+            supervised.serve()
+        admission.look_at_gates()
+        if ready.get(supervised.control.fileno()):
+            admission.close_gates()
+            return supervised.control.recv(_MAX_MESSAGE).removeprefix(child.REHEARSED).decode(errors="replace")
 
 
 def _receive_notify_fd(control: _socket.socket) -> int:

@@ -1,0 +1,102 @@
+"""What this machine can do, and why not: `portexec --check`. Everything is tried, nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from portexec import handoff, sockets
+from portexec.errors import PortexecError, reason
+from portexec.spec import DEFAULT, parse_listen
+
+_YAMA = "/proc/sys/kernel/yama/ptrace_scope"
+_PROXIED = "available: a bind is made on the command's own socket"
+_GATED = "available, gated: pidfd_getfd(2) is denied, so the guard opens to SO_REUSEADDR while the command binds; no --remap"
+
+
+def findings() -> dict[str, str]:
+    """What was found, in the order in which it is shown."""
+    guard = _guard()
+    usable = guard.startswith("available")
+    return {
+        "system": f"{os.uname().sysname} {os.uname().release} {os.uname().machine}, Python {sys.version.split()[0]}",
+        "ipv6": "yes" if sockets.has_ipv6() else "no: guards are for IPv4 alone",
+        "seccomp": _seccomp(),
+        "yama": _yama(),
+        "no-new-privileges": _no_new_privileges(),
+        "hand-off fd": "available",
+        "hand-off guard": guard,
+        "hand-off hold": "available" if sockets.LINUX else "not available: it is Linux' SO_REUSEADDR that makes it possible",
+        "auto": f"fd when the command names the descriptor, else {handoff.GUARD if usable else handoff.HOLD}",
+    }
+
+
+def report_text() -> str:
+    """The findings for a person."""
+    return "".join(f"{name:<19}{text}\n" for name, text in findings().items())
+
+
+def report_json() -> str:
+    """The findings for a program: one JSON line, names with underscores."""
+    import json
+
+    return json.dumps({name.replace(" ", "_").replace("-", "_"): text for name, text in findings().items()}) + "\n"
+
+
+def _seccomp() -> str:
+    if not sockets.LINUX:
+        return "no: this is not Linux"
+    from portexec.supervisor import seccomp
+
+    if not seccomp.is_known_machine():
+        return f"no: the system call numbers of {os.uname().machine} are not known to portexec"
+    try:
+        if not seccomp.has_flags(seccomp.FLAG_NEW_LISTENER):
+            return "no user notification: the kernel is older than 5.0, or a sandbox stands in for it"
+        if not seccomp.has_flags(seccomp.FLAG_NEW_LISTENER | seccomp.FLAG_WAIT_KILLABLE_RECV):
+            return "user notification; not wait-killable (Linux 5.19), so that a signal may interrupt a bind"
+    except OSError as error:
+        return f"refused: {reason(error)}"
+    return "user notification, wait-killable"
+
+
+def _yama() -> str:
+    try:
+        with open(_YAMA) as file:
+            scope = file.read().strip()
+    except OSError:
+        return "not there"
+    meanings = {
+        "0": "no restriction",
+        "1": "a parent may look into its descendants, which is enough",
+        "2": "only CAP_SYS_PTRACE may look into a process: without it the guard is gated",
+        "3": "nobody may look into a process: the guard is gated",
+    }
+    return f"ptrace_scope {scope}: {meanings.get(scope, 'unknown')}"
+
+
+def _no_new_privileges() -> str:
+    if os.geteuid() == 0:
+        return "not needed by root with CAP_SYS_ADMIN"
+    return (
+        "needed by hand-off guard: below it sudo, su and other set-uid programs gain nothing; auto then prefers hold for them"
+    )
+
+
+def _guard() -> str:
+    """Rehearse for real: a guard, a child, a filter, and a bind that is admitted."""
+    if not sockets.LINUX:
+        return "not available: it needs Linux' seccomp"
+    from portexec.supervisor import run
+
+    bound = sockets.bind_all(parse_listen([DEFAULT]), listening=False)
+    try:
+        supervised = run.spawn(handoff.Plan(sys.executable, [sys.executable], {}), bound.guards, {})
+    except run.RefusedError as refusal:
+        return f"not available: {refusal}"
+    except OSError as error:
+        raise PortexecError(f"cannot rehearse: {reason(error)}") from error
+    finally:
+        bound.close()
+    supervised.cancel()
+    return _GATED if supervised.admission.was_gated else _PROXIED
