@@ -8,7 +8,7 @@ net/ipv4/inet_connection_sock.c).
 Our own sockets get past the guard by the *flip*: SO_REUSEPORT on guard and socket, bind and listen, SO_REUSEPORT off again.
 The kernel reads the option live and shares SO_REUSEPORT within one user only, so even in between strangers stay out. The
 flip leaves (user, address) in that cache, which would let the same user bind the same address once more; the *scrub*, one
-more flipped bind of a throw-away socket to a random loopback address, overwrites it before the flip ends.
+more flipped bind of a throw-away socket to a random address of the other family, overwrites it before the flip ends.
 
 Sockets are made by `_socket`, not by `socket`: importing the latter takes longer than all the rest of portexec, for
 enumerations that are not needed here.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LINUX = sys.platform == "linux"
 
+IPPROTO_MPTCP = 262
 _IP_FREEBIND = 15  # ip(7); the scrub works where the loopback interface is down, too
 _FIRST_FREE_FD = 3  # a closed standard stream stays closed: no socket of ours becomes descriptor 0, 1 or 2
 _CLIENT_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}
@@ -87,18 +88,18 @@ class Bound:
 
     def __init__(self) -> None:
         self.listeners: list[Listener] = []
-        self.guards: dict[int, _socket.socket] = {}
+        self.guards: dict[int, Guard] = {}
 
     def guard_descriptors(self) -> tuple[int, ...]:
-        """The descriptors of the guards, one for each number."""
-        return tuple(guard.fileno() for guard in self.guards.values())
+        """The descriptors of all guards."""
+        return tuple(socket.fileno() for guard in self.guards.values() for socket in guard.sockets)
 
     def open_to_reusers(self) -> None:
         """Let the guards give way to whoever sets SO_REUSEADDR. Never before a guard is bound: two of them could then have
         the same number.
         """
         for guard in self.guards.values():
-            guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+            guard.set(SO_REUSEADDR, 1)
 
     def close(self) -> None:
         """Give everything back: close the sockets, and remove the unix sockets that were made."""
@@ -139,7 +140,7 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) 
     return bound
 
 
-def _bind(spec: ListenSpec, guards: dict[int, _socket.socket], backlog: int | None) -> Listener:
+def _bind(spec: ListenSpec, guards: dict[int, Guard], backlog: int | None) -> Listener:
     if spec.kind == "unix":
         return Listener(spec.name, "unix", path=spec.address, socket=_listen_unix(spec, backlog), named=spec.named)
     family, address = _resolve(spec)
@@ -150,7 +151,7 @@ def _bind(spec: ListenSpec, guards: dict[int, _socket.socket], backlog: int | No
     host, port = socket.getsockname()[:2]
     if backlog is None:
         socket.close()
-    host = _CLIENT_HOST.get(spec.address, host)
+    host = _CLIENT_HOST.get(host if spec.address != "*" else "*", host)
     return Listener(
         spec.name,
         spec.kind,
@@ -238,28 +239,27 @@ def _bind_tcp(
     address: Callable[[int], Address],
     number: int,
     spec: ListenSpec,
-    guards: dict[int, _socket.socket],
+    guards: dict[int, Guard],
     backlog: int | None,
 ) -> _socket.socket:
     """Guard the number, unless we do already, and get a socket of ours past the guard; it listens if it is to."""
     if not LINUX:
         return _bind_unguarded(family, address(number), spec, backlog)
-    guard = guards.get(number) or make_guard(number)
-    number = guard.getsockname()[1]
+    guard = guards.get(number) or Guard(number)
     socket = None
     try:
         socket = _inet_socket(family, spec)
-        with Flip(guard, socket, number):
-            socket.bind(address(number))
-            if backlog is not None:
-                socket.listen(backlog)
+        with Flip(guard, socket):
+            socket.bind(address(guard.port))
+        if backlog is not None:
+            listen_past(guard, socket, lambda: socket.listen(backlog))
     except BaseException:
         if socket is not None:
             socket.close()
-        if number not in guards:
+        if guard.port not in guards:
             guard.close()
         raise
-    guards[number] = guard
+    guards[guard.port] = guard
     return socket
 
 
@@ -289,20 +289,52 @@ def _inet_socket(family: int, spec: ListenSpec) -> _socket.socket:
     return socket
 
 
-def make_guard(number: int) -> _socket.socket:
-    """Return the guard of a number, 0 for any that is free. The caller owns it. Raises OSError."""
-    guard, address = _any_socket()
-    try:
-        guard.bind((address, number))
-    except OSError as error:
+class Guard:
+    """The guard of one number, and the owner of its sockets: one for both families, or after `renew` one for each."""
+
+    __slots__ = ("port", "sockets")
+
+    def __init__(self, number: int) -> None:
+        """Guard this number, 0 for any that is free. Raises OSError when it cannot be had."""
+        socket, address = _any_socket()
         try:
-            if error.errno != errno.EADDRINUSE or not number:
-                raise
-            _bind_beside_old_connections(guard, (address, number))
+            try:
+                socket.bind((address, number))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or not number:
+                    raise
+                _bind_beside_old_connections(socket, (address, number))
         except BaseException:
-            guard.close()
+            socket.close()
             raise
-    return guard
+        self.port: int = socket.getsockname()[1]
+        self.sockets = [socket]
+
+    def set(self, option: int, value: int) -> None:
+        """Set an option of SOL_SOCKET on all its sockets."""
+        for socket in self.sockets:
+            socket.setsockopt(SOL_SOCKET, option, value)
+
+    def close(self) -> None:
+        """Give up the number."""
+        for socket in self.sockets:
+            socket.close()
+        self.sockets = []
+
+    def renew(self, listener: _socket.socket) -> None:
+        """Guard the number again beside a listener that has it on all addresses by itself. Raises OSError.
+
+        One socket for each family: after the flip of one for both, the cache would hold an address that equals every other.
+        """
+        for family, address in ((AF_INET, "0.0.0.0"), (AF_INET6, "::")):
+            socket = _new_socket(family)
+            if family == AF_INET6:
+                socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+            beside = Guard.__new__(Guard)
+            beside.port, beside.sockets = self.port, [listener, *self.sockets]
+            with Flip(beside, socket):
+                socket.bind((address, self.port))
+            self.sockets.append(socket)
 
 
 def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]) -> None:
@@ -313,90 +345,126 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
     while we hold it, no other launch gets here. Being bound without the option, it also keeps the kernel from caching that
     SO_REUSEADDR suffices on this number (tb->fastreuse, Linux up to 6.1).
     """
-    with Mutex(address[1]) as mutex, Flip(mutex.socket, guard, address[1]):
+    mutex = _new_socket(AF_INET)
+    try:
+        mutex.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        mutex.bind(("127.255.255.253", address[1]))
+        mutex.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-        try:
-            guard.bind(address)
-        finally:
-            guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
-
-
-class Mutex:
-    """An exclusive socket on 127.255.255.253 and this number, for as long as the block lasts. Raises OSError when taken."""
-
-    __slots__ = ("number", "socket")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.socket = _new_socket(AF_INET)
-
-    def __enter__(self) -> Mutex:
-        try:
-            self.socket.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
-            self.socket.bind(("127.255.255.253", self.number))
-        except BaseException:
-            self.socket.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
+        guard.bind(address)
+    finally:
+        guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
+        mutex.close()
 
 
 class Flip:
-    """The time in which `socket` may be bound, or may listen, on a number beside its guard; see the module's text.
+    """The time in which `socket` may be bound, or may listen, beside the guard; see the module's text.
 
     What takes time is done before the guard opens, and the scrub while it is still open. Root can do better than share with
     its own user: for this time the sockets belong to a user that nobody is and that nobody can guess (fchown(2) on a socket
-    changes the user whom the kernel compares).
+    changes the user whom the kernel compares). Not so for a socket that shares by itself, with its user's other ones, nor for
+    MPTCP, where the kernel compares the user of an inner socket.
     """
 
-    __slots__ = ("guard", "number", "owner", "owners", "random_address", "scrub", "socket", "was_shared")
+    __slots__ = ("guard", "is_hidden", "owner", "scrub", "scrub_address", "socket", "was_shared")
 
-    def __init__(self, guard: _socket.socket, socket: _socket.socket, number: int) -> None:
-        one, two, three, *owner = os.urandom(7)
+    def __init__(self, guard: Guard, socket: _socket.socket) -> None:
         self.guard = guard
         self.socket = socket
-        self.number = number
-        self.random_address = f"127.{one}.{two}.{three}"
-        self.owner = 1 << 31 | int.from_bytes(owner, "big") >> 2
-        self.owners: list[tuple[_socket.socket, int]] = []
         self.was_shared = socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)
-        self.scrub = _new_socket(AF_INET)
+        self.owner = os.fstat(socket.fileno()).st_uid
+        self.is_hidden = os.geteuid() == 0 and not self.was_shared and not any(map(_is_mptcp, (socket, *guard.sockets)))
 
     def __enter__(self) -> None:
-        self.scrub.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
-        self.scrub.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
-        if os.geteuid() == 0:
+        self.scrub, self.scrub_address = _make_scrub(self.socket.family)
+        if self.is_hidden:
             self._hide()
         self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
-        self.guard.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+        self.guard.set(SO_REUSEPORT, 1)
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.scrub.bind((self.random_address, self.number))
+            self.scrub.bind((self.scrub_address, self.guard.port))
         except OSError:
             pass  # the worst that remains is what the kernel cached: our own user, this very address
-        self.guard.setsockopt(SOL_SOCKET, SO_REUSEPORT, 0)
+        self.guard.set(SO_REUSEPORT, 0)
         self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self.was_shared)
         self.scrub.close()
-        self._show()
+        if self.is_hidden:
+            self._show()
 
     def _hide(self) -> None:
-        """Change the owner of the three sockets, or of none where that is not possible: in a container without CAP_CHOWN."""
+        nobody = 1 << 31 | int.from_bytes(os.urandom(4), "big") >> 2
         try:
-            for socket in (self.scrub, self.socket, self.guard):
-                before = os.fstat(socket.fileno()).st_uid
-                os.fchown(socket.fileno(), self.owner, -1)
-                self.owners.append((socket, before))
-        except OSError:
+            for socket in (self.scrub, self.socket, *self.guard.sockets):
+                os.fchown(socket.fileno(), nobody, -1)
+        except OSError:  # in a container without CAP_CHOWN, or without that user
+            self.is_hidden = False
             self._show()
 
     def _show(self) -> None:
-        for socket, before in self.owners:
-            if socket is not self.scrub:
-                os.fchown(socket.fileno(), before, -1)
-        self.owners.clear()
+        try:
+            for socket in self.guard.sockets:
+                os.fchown(socket.fileno(), os.geteuid(), -1)
+            os.fchown(self.socket.fileno(), self.owner, -1)
+        except OSError:
+            pass  # then none was changed
+
+
+def _make_scrub(family: int) -> tuple[_socket.socket, str]:
+    """A throw-away socket, and a random address that the kernel does not take for equal to one of this family.
+
+    For the kernel an address is equal to a wildcard of its own family, so the scrub is of the other one.
+    """
+    try:
+        scrub = _new_socket(AF_INET6 if family == AF_INET else AF_INET)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+        scrub = _new_socket(AF_INET)
+    scrub.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
+    scrub.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+    if scrub.family == AF_INET6:
+        scrub.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+        return scrub, _socket.inet_ntop(AF_INET6, b"\xfd" + os.urandom(15))
+    return scrub, "127.{}.{}.{}".format(*os.urandom(3))
+
+
+def listen_past(guard: Guard, socket: _socket.socket, listen: Callable[[], None]) -> None:
+    """Let a bound socket listen beside the guard, by calling `listen`. Raises what that raises.
+
+    A socket on all addresses of both families is different, since no scrub can undo its flip. But it guards the number by
+    itself, so the guard steps aside meanwhile. That is exclusive without SO_REUSEADDR only, which may be missed where old
+    connections are left; then it is the flip, after all.
+    """
+    if not _is_on_all_addresses(socket) or socket.getsockopt(SOL_SOCKET, SO_REUSEPORT):
+        with Flip(guard, socket):
+            return listen()
+    reuses_address = socket.getsockopt(SOL_SOCKET, SO_REUSEADDR)
+    socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
+    guard.close()
+    try:
+        return listen()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or not reuses_address:
+            raise
+    finally:
+        guard.renew(socket)
+        socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuses_address)
+    with Flip(guard, socket):
+        return listen()
+
+
+def _is_on_all_addresses(socket: _socket.socket) -> bool:
+    return (
+        socket.family == AF_INET6
+        and socket.getsockname()[0] == "::"
+        and not socket.getsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY)
+    )
+
+
+def _is_mptcp(socket: _socket.socket) -> bool:
+    return socket.proto == IPPROTO_MPTCP
 
 
 def _new_socket(family: int, kind: int = SOCK_STREAM) -> _socket.socket:

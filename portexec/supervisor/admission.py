@@ -19,7 +19,7 @@ import sys
 import time
 
 from portexec import tcp_table
-from portexec.sockets import Flip
+from portexec.sockets import IPPROTO_MPTCP, Flip, Guard, listen_past
 from portexec.supervisor import seccomp
 
 TYPE_CHECKING = False
@@ -30,7 +30,6 @@ CONTINUE: int | None = None  # the answer that lets the kernel go on; any other 
 
 _SO_COOKIE = 57
 _SO_NETNS_COOKIE = 71  # Linux 5.14
-_IPPROTO_MPTCP = 262
 _MAX_SOCKADDR = 128  # struct sockaddr_storage; the kernel refuses longer ones
 _FAMILIES = (_socket.AF_UNSPEC, _socket.AF_INET, _socket.AF_INET6)  # bind(2) takes 0 for AF_INET, for old programs
 _REFUSED = (errno.EPERM, errno.EACCES)
@@ -58,21 +57,24 @@ class Admission:
     GATE_POLL seconds while `has_open_gate`.
     """
 
-    def __init__(
-        self, notify_fd: int, guards: Mapping[int, _socket.socket], remap: Mapping[int, int], observer: Observer
-    ) -> None:
+    def __init__(self, notify_fd: int, guards: Mapping[int, Guard], remap: Mapping[int, int], observer: Observer) -> None:
         self.notify_fd = notify_fd
         self.guards = guards
         self.remap = remap
         self.observer = observer
         self.was_gated = False  # whether anything had to be gated so far
         self._admitted: dict[int, set[int]] = {port: set() for port in guards}  # inodes of the command's own listeners
+        self._sharing: dict[int, str] = {}  # those among them that have SO_REUSEPORT by themselves, and their addresses
         self._gates: dict[int, tuple[float, set[int]]] = {}  # when each closes, and the listeners from before
         self._unheard: set[tuple[int, bytes]] = set()  # binds that were made, but whose caller a signal had taken away
 
     @property
     def has_open_gate(self) -> bool:
         return bool(self._gates)
+
+    def descriptors(self) -> set[int]:
+        """All that is needed to go on answering."""
+        return {self.notify_fd, *(socket.fileno() for guard in self.guards.values() for socket in guard.sockets)}
 
     def serve(self, is_readable: Callable[[], bool]) -> None:
         """Answer all that is pending. What arrives meanwhile is received first: only then can no signal interrupt it."""
@@ -130,8 +132,8 @@ class Admission:
     def _bind_socket(
         self, notification: seccomp.Notification, socket: _socket.socket, port: int, address: bytes
     ) -> tuple[int | None, tuple[int, bytes] | None]:
-        guard = self.guards[port]
-        if not _is_tcp(socket) or not _same_network(socket, guard) or not self._still_waits(notification):
+        guard = self._guard_for(notification, socket, port)
+        if guard is None:
             return CONTINUE, None
         made = (int.from_bytes(socket.getsockopt(_socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder), address)
         if made in self._unheard:
@@ -139,13 +141,22 @@ class Admission:
             return 0, made
         if _port_of(socket):
             return CONTINUE, None  # a second bind: the kernel's to refuse
-        if not _may_share(socket, guard):
+        if not _may_share(socket):
             return self._open_gates([port]), None
-        with Flip(guard, socket, port):
-            code = seccomp.bind(socket.fileno(), address)
-        if code == errno.EADDRINUSE:
-            self._report_strangers(port)
+        code = self._bind_past(guard, socket, address)
         return code, made if code == 0 else None
+
+    def _bind_past(self, guard: Guard, socket: _socket.socket, address: bytes) -> int:
+        if self._shares_unasked(socket, guard.port, address):
+            return errno.EADDRINUSE
+        try:
+            with Flip(guard, socket):
+                seccomp.bind(socket.fileno(), address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                self._report_strangers(guard.port)
+            return error.errno or errno.EADDRINUSE
+        return 0
 
     def _listen(self, notification: seccomp.Notification, fd: int, backlog: int) -> int | None:
         try:
@@ -161,25 +172,49 @@ class Admission:
         if not _is_tcp(socket) or socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN):
             return CONTINUE
         port = _port_of(socket)
-        guard = self.guards.get(port)
-        if guard is None or not _same_network(socket, guard):
-            if port:
-                self.observer.elsewhere(port)
+        if port and port not in self.guards:
+            self.observer.elsewhere(port)
+        guard = self._guard_for(notification, socket, port)
+        if guard is None:
             return CONTINUE
-        if not self._still_waits(notification):
-            return CONTINUE
-        if not _may_share(socket, guard):
-            return self._open_gates([port])
-        with Flip(guard, socket, port):
-            code = seccomp.listen(socket.fileno(), backlog)
-        if self._report_strangers(port, socket) and code == 0:
+        return self._listen_past(guard, socket, backlog) if _may_share(socket) else self._open_gates([port])
+
+    def _listen_past(self, guard: Guard, socket: _socket.socket, backlog: int) -> int:
+        try:
+            listen_past(guard, socket, lambda: seccomp.listen(socket.fileno(), backlog))
+        except OSError as error:
+            self._report_strangers(guard.port)
+            return error.errno or errno.EADDRINUSE
+        if self._report_strangers(guard.port, socket):
             # Never two servers on one number in silence: take the listen back, which leaves the socket bound.
             socket.shutdown(_socket.SHUT_RDWR)
             return errno.EADDRINUSE
-        if code == 0:
-            self._admitted[port].add(os.fstat(socket.fileno()).st_ino)
-            self.observer.listening(port, _host_of(socket))
-        return code
+        inode = os.fstat(socket.fileno()).st_ino
+        host = _host_of(socket.getsockname()[0], socket)
+        self._admitted[guard.port].add(inode)
+        if socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEPORT):
+            self._sharing[inode] = host
+        self.observer.listening(guard.port, host)
+        return 0
+
+    def _guard_for(self, notification: seccomp.Notification, socket: _socket.socket, port: int) -> Guard | None:
+        """The guard that a call is to get past; None when it is not about a number of ours, or its caller has gone."""
+        guard = self.guards.get(port)
+        if guard is None or not _is_tcp(socket) or not _same_network(socket, guard):
+            return None
+        return guard if seccomp.is_waiting(self.notify_fd, notification.id) else None
+
+    def _shares_unasked(self, socket: _socket.socket, port: int, address: bytes) -> bool:
+        """Whether the flip would let a socket without SO_REUSEPORT join a listener of the command that has it.
+
+        The kernel would refuse that without us, and afterwards they would share the clients in silence.
+        """
+        if not self._sharing or socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEPORT):
+            return False
+        at, length = (8, 16) if socket.family == _socket.AF_INET6 else (4, 4)
+        host = _host_of(_socket.inet_ntop(socket.family, address[at : at + length].ljust(length, b"\0")), socket)
+        alive = tcp_table.listening_inodes(port)
+        return any(_overlap(host, other) for inode, other in self._sharing.items() if inode in alive)
 
     def _report_strangers(self, port: int, socket: _socket.socket | None = None) -> bool:
         """Whether somebody listens on the number who is neither `socket` nor a listener of the command; report them."""
@@ -190,9 +225,6 @@ class Admission:
             self.observer.in_the_way(port, f"pid {owner[0]}, {owner[1]}" if owner else "a process that has ended")
         return bool(strangers)
 
-    def _still_waits(self, notification: seccomp.Notification) -> bool:
-        return seccomp.is_waiting(self.notify_fd, notification.id)
-
     def _gate_if_refused(self, error: OSError, ports: Iterable[int]) -> int | None:
         return self._open_gates(ports) if error.errno in _REFUSED else CONTINUE
 
@@ -202,7 +234,7 @@ class Admission:
         for port in ports:
             before = self._gates[port][1] if port in self._gates else tcp_table.listening_inodes(port)
             self._gates[port] = (time.monotonic() + _GATE_TIME, before)
-            self.guards[port].setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+            self.guards[port].set(_socket.SO_REUSEADDR, 1)
         return CONTINUE
 
     def look_at_gates(self) -> None:
@@ -221,7 +253,7 @@ class Admission:
             self._close_gate(port)
 
     def _close_gate(self, port: int) -> None:
-        self.guards[port].setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 0)
+        self.guards[port].set(_socket.SO_REUSEADDR, 0)
         del self._gates[port]
 
 
@@ -273,30 +305,38 @@ def _is_tcp(socket: _socket.socket) -> bool:
     return (
         socket.family in (_socket.AF_INET, _socket.AF_INET6)
         and socket.type == _socket.SOCK_STREAM
-        and socket.proto in (_socket.IPPROTO_TCP, _IPPROTO_MPTCP)
+        and socket.proto in (_socket.IPPROTO_TCP, IPPROTO_MPTCP)
     )
 
 
-def _same_network(socket: _socket.socket, guard: _socket.socket) -> bool:
+def _same_network(socket: _socket.socket, guard: Guard) -> bool:
     """Whether both sockets are in one network namespace: elsewhere the number is another's."""
     try:
-        cookies = [s.getsockopt(_socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8) for s in (socket, guard)]
+        cookies = [s.getsockopt(_socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8) for s in (socket, *guard.sockets[:1])]
     except OSError:
         return True  # before Linux 5.14; a bind in another namespace then fails with EADDRINUSE at the worst
-    return cookies[0] == cookies[1]
+    return len(set(cookies)) == 1
 
 
-def _may_share(socket: _socket.socket, guard: _socket.socket) -> bool:
+def _may_share(socket: _socket.socket) -> bool:
     """Whether the flip can work: the kernel shares SO_REUSEPORT within one user, and only root can change a socket's."""
-    return os.geteuid() == 0 or os.fstat(socket.fileno()).st_uid == os.fstat(guard.fileno()).st_uid
+    return os.geteuid() in (0, os.fstat(socket.fileno()).st_uid)
 
 
 def _port_of(socket: _socket.socket) -> int:
     return int(socket.getsockname()[1])
 
 
-def _host_of(socket: _socket.socket) -> str:
-    host = str(socket.getsockname()[0])
+def _host_of(host: str, socket: _socket.socket) -> str:
+    """The address a socket is bound to: `*` for both families, an IPv4 one in its own form."""
     if host == "::" and not socket.getsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY):
         return "*"
-    return host
+    return host.removeprefix("::ffff:") if "." in host else host
+
+
+def _overlap(one: str, other: str) -> bool:
+    return _covers(one, other) or _covers(other, one)
+
+
+def _covers(one: str, other: str) -> bool:
+    return one in (other, "*") or (one == "0.0.0.0" and ":" not in other) or (one == "::" and ":" in other)

@@ -18,6 +18,7 @@ import time
 from portexec import execute
 from portexec.errors import PortexecError
 from portexec.handoff import Plan
+from portexec.sockets import Guard
 from portexec.supervisor import child, seccomp, signals
 from portexec.supervisor.admission import GATE_POLL, Admission, Observer
 
@@ -64,7 +65,7 @@ class Supervised:
         _take_back(self.pid, self.control, self.inbox)
 
 
-def spawn(plan: Plan, guards: Mapping[int, _socket.socket], remap: Mapping[int, int]) -> Supervised:
+def spawn(plan: Plan, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Supervised:
     """Fork the child and rehearse admission with it. The child then waits for `Supervised.control` to say GO.
 
     To be called in a process with one thread. Raises RefusedError, with nothing left of the attempt, where this machine does
@@ -106,7 +107,7 @@ def _rehearse(
     pid: int,
     control: _socket.socket,
     inbox: signals.Inbox,
-    guards: Mapping[int, _socket.socket],
+    guards: Mapping[int, Guard],
     remap: Mapping[int, int],
 ) -> Supervised:
     """Serve the child's bind and listen on a number of ours, and hear from it whether they worked."""
@@ -260,7 +261,7 @@ class Supervisor:
         try:
             os.setsid()
             null = os.open(os.devnull, os.O_RDWR)
-            keep = {self.supervised.admission.notify_fd, *(g.fileno() for g in self.supervised.admission.guards.values())}
+            keep = self.supervised.admission.descriptors()
             for fd in {int(name) for name in os.listdir("/proc/self/fd")} - keep - {null}:
                 try:
                     os.close(fd)

@@ -133,7 +133,10 @@ def program(machines: tuple[Machine, ...]) -> list[tuple[int, int, int, int]]:
 
 def _syscall(number: int, *arguments: int) -> int:
     """Make a system call. Every argument is as wide as a register: a varargs call leaves rubbish in the upper halves."""
-    result = int(_libc.syscall(ctypes.c_long(number), *(ctypes.c_long(argument) for argument in arguments)))
+    return _check(_libc.syscall(ctypes.c_long(number), *(ctypes.c_long(argument) for argument in arguments)))
+
+
+def _check(result: int) -> int:
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -142,9 +145,7 @@ def _syscall(number: int, *arguments: int) -> int:
 
 def prctl(option: int, value: int) -> None:
     """Set one attribute of this process. Raises OSError."""
-    if _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    _check(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)))
 
 
 def is_known_machine() -> bool:
@@ -267,11 +268,11 @@ def _process_of(thread: int) -> int:
     raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
 
-def bind(fd: int, address: bytes) -> int:
-    """bind(2) with the bytes as they are; returns the errno, 0 for success."""
-    return 0 if _libc.bind(fd, address, len(address)) == 0 else ctypes.get_errno()
+def bind(fd: int, address: bytes) -> None:
+    """bind(2) with the bytes as they are. Raises OSError."""
+    _check(_libc.bind(fd, address, len(address)))
 
 
-def listen(fd: int, backlog: int) -> int:
-    """listen(2) with the backlog as it is, negative ones too; returns the errno, 0 for success."""
-    return 0 if _libc.listen(fd, ctypes.c_int(backlog)) == 0 else ctypes.get_errno()
+def listen(fd: int, backlog: int) -> None:
+    """listen(2) with the backlog as it is, negative ones too. Raises OSError."""
+    _check(_libc.listen(fd, ctypes.c_int(backlog)))
