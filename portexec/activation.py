@@ -31,7 +31,7 @@ def inherited(environment: Mapping[str, str]) -> list[str]:
     count = int(count_text) if len(count_text) < 8 else 0
     if not all(_is_open(fd) for fd in range(FIRST_FD, FIRST_FD + count)):
         return []
-    names = environment.get("LISTEN_FDNAMES", "").split(":")
+    names = environment.get("LISTEN_FDNAMES", "unknown").split(":")
     return names if len(names) == count else ["unknown"] * count
 
 

@@ -1,0 +1,2 @@
+# A Rack application that says which process answers.
+run ->(_) { [200, { "content-type" => "text/plain" }, ["hello from #{Process.pid}"]] }

@@ -1,0 +1,253 @@
+"""The parent that stays: signals, statuses, job control, the tree below it, and what happens when it is killed."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import DEADLINE, PORTEXEC, child, kill_group, run, running, status_of, wait_for
+
+GUARD = ("-q", "-H", "guard", "--")
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return status_of(pid)["State"].startswith(("Z", "X"))
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def state(pid: int) -> str:
+    return status_of(pid)["State"][0]
+
+
+@contextmanager
+def on_a_terminal(*words: str) -> Iterator[tuple[int, int]]:
+    """Run words as the foreground job of a new terminal; yields the pid and the terminal's other end."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(words[0], words)
+    try:
+        yield pid, terminal
+    finally:
+        kill_group(pid)
+        os.close(terminal)
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            pass
+
+
+def read_until(terminal: int, text: str, end: str = "") -> str:
+    """Read up to this text, and on to this end; return it from the text on."""
+    seen = ""
+    while text not in seen or end not in seen.partition(text)[2]:
+        try:
+            data = os.read(terminal, 1000)
+        except OSError:  # EIO: the other end was closed
+            data = b""
+        assert data, f"the terminal closed after {seen!r}"
+        seen += data.decode()
+    return seen[seen.index(text) :]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 77, 124, 125, 126, 127, 128, 255])
+def test_the_exit_status_comes_through(status: int) -> None:
+    assert run(*GUARD, "sh", "-c", f"exit {status}").returncode == status
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGALRM]
+)
+def test_it_dies_as_the_command_died(number: signal.Signals) -> None:
+    assert run(*GUARD, "sh", "-c", f"kill -{number.value} $$").returncode == -number
+
+
+def test_a_death_leaves_no_second_core(tmp_path: Path) -> None:
+    words = [*PORTEXEC, *GUARD, "sh", "-c", "ulimit -c unlimited; kill -SEGV $$"]
+    done = subprocess.run(words, cwd=tmp_path, timeout=DEADLINE, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert len(list(tmp_path.iterdir())) <= 1
+
+
+@pytest.mark.parametrize(("words", "status"), [(("nowhere/to-be-found",), 127), (("/",), 126)])
+def test_what_cannot_be_executed(words: tuple[str, ...], status: int) -> None:
+    done = run(*GUARD, *words)
+    assert done.returncode == status
+    assert done.stderr.startswith("portexec: error: ")
+
+
+def test_a_failing_exec_is_reported_by_the_parent(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    done = run(*GUARD, str(script))
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        126,
+        f"portexec: error: cannot run {script}: its interpreter /no/such/interpreter does not exist",
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGWINCH", "SIGCONT", "SIGRTMIN", "SIGRTMAX"]
+)
+def test_a_signal_to_the_parent_reaches_the_command_once(name: str) -> None:
+    with running(*GUARD, *child("signals")) as started:
+        assert started.process.stdout is not None
+        assert started.process.stdout.readline().startswith("ready")
+        started.process.send_signal(getattr(signal, name))
+        assert started.process.stdout.readline() == f"{name}\n"
+        started.process.terminate()
+        assert started.process.stdout.readline() == "SIGTERM\n"
+        assert started.process.wait(DEADLINE) == 3
+
+
+def test_ctrl_c_reaches_the_command_once_and_the_parent_waits_for_it() -> None:
+    with on_a_terminal(*PORTEXEC, *GUARD, *child("signals")) as (pid, terminal):
+        read_until(terminal, "ready")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "SIGINT", "\n")
+        os.kill(pid, signal.SIGUSR1)  # had INT come twice, it would be there before this one
+        assert read_until(terminal, "SIG", "\n").startswith("SIGUSR1")
+        os.kill(pid, signal.SIGTERM)
+        read_until(terminal, "SIGTERM")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+
+
+def test_ctrl_z_stops_both_and_fg_continues_both() -> None:
+    """In a real shell: the kernel stops nobody in a process group that has no shell to continue it."""
+    shell = shutil.which("bash") or pytest.skip("needs bash")
+    with on_a_terminal(shell, "--norc", "--noprofile", "-i") as (_, terminal):
+        os.write(terminal, shlex.join([*PORTEXEC, *GUARD, *child("signals")]).encode() + b"\n")
+        command = int(read_until(terminal, "ready", "\n").split()[1])
+        parent = int(status_of(command)["PPid"])
+        os.write(terminal, b"\x1a")
+        read_until(terminal, "Stopped")
+        assert (state(command), state(parent)) == ("T", "T")
+        os.write(terminal, b"fg\n")
+        read_until(terminal, "SIGCONT")
+        assert wait_for(lambda: state(parent) in "SR")
+        os.kill(parent, signal.SIGTERM)
+        read_until(terminal, "SIGTERM")
+        os.write(terminal, b"echo status=$?\n")
+        read_until(terminal, "status=3")
+
+
+def test_ctrl_c_kills_a_plain_command_and_the_shell_can_tell() -> None:
+    with on_a_terminal(*PORTEXEC, *GUARD, "sh", "-c", "echo ready; exec cat") as (pid, terminal):
+        read_until(terminal, "ready")
+        os.write(terminal, b"\x03")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGINT
+
+
+def test_told_to_stop_it_stops_the_whole_tree() -> None:
+    with running(*GUARD, *child("tree"), "plain") as started:
+        assert started.process.stdout is not None
+        left = [int(pid) for pid in started.process.stdout.readline().split()]
+        assert started.process.stdout.readline() == "ready\n"
+        assert not any(is_gone(pid) for pid in left)
+        started.process.terminate()
+        assert started.process.wait(DEADLINE) == -signal.SIGTERM
+        assert all(is_gone(pid) for pid in left)
+
+
+def test_what_ignores_term_is_killed() -> None:
+    with running("-k", "100ms", *GUARD, *child("tree"), "ignore") as started:
+        assert started.process.stdout is not None
+        left = [int(pid) for pid in started.process.stdout.readline().split()]
+        assert started.process.stdout.readline() == "ready\n"
+        started.process.terminate()
+        assert started.process.wait(DEADLINE) == -signal.SIGTERM
+        assert all(is_gone(pid) for pid in left)
+
+
+def test_a_second_request_kills_at_once() -> None:
+    with running("-k", "1h", *GUARD, *child("tree"), "ignore") as started:
+        assert started.process.stdout is not None
+        left = [int(pid) for pid in started.process.stdout.readline().split()]
+        assert started.process.stdout.readline() == "ready\n"
+        started.process.terminate()
+        assert wait_for(lambda: is_gone(left[1]))
+        started.process.terminate()
+        assert started.process.wait(DEADLINE) == -signal.SIGTERM
+        assert all(is_gone(pid) for pid in left)
+
+
+def test_a_daemon_runs_on_and_can_still_bind(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    done = run("-H", "guard", "--", *child("tree"), "daemon", str(go))  # returns: the answerer holds none of our pipes
+    assert done.returncode == 0
+    daemon = int(done.stdout)
+    try:
+        assert not is_gone(daemon)
+        go.write_text("")
+        port = int(done.stderr.rpartition(":")[2])
+        with wait_for(lambda: socket.create_connection(("127.0.0.1", port))) as client:
+            assert client.recv(100) == b"served"
+        assert wait_for(lambda: is_gone(daemon))
+    finally:
+        if not is_gone(daemon):
+            os.kill(daemon, signal.SIGKILL)
+
+
+def test_killed_it_takes_the_command_along() -> None:
+    with running(*GUARD, *child("signals")) as started:
+        assert started.process.stdout is not None
+        command = int(started.process.stdout.readline().split()[1])
+        started.process.kill()
+        assert started.process.stdout.readline() == "SIGTERM\n"
+        assert wait_for(lambda: is_gone(command))
+
+
+@pytest.mark.parametrize("end", ["continue", "kill"])
+def test_stopped_in_the_middle_of_a_bind(tmp_path: Path, end: str) -> None:
+    """While the parent is stopped, the command waits in bind(2), and can be killed there."""
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    script = (
+        "import os, socket; print(os.getpid(), flush=True); open(os.environ['GO']).close()\n"
+        "s = socket.socket(); s.bind(('127.0.0.1', int(os.environ['PORT']))); s.listen(); print('bound', flush=True)"
+    )
+    with running("-e", f"GO={go}", *GUARD, sys.executable, "-c", script) as started:
+        assert started.process.stdout is not None
+        command = int(started.process.stdout.readline())
+        started.process.send_signal(signal.SIGSTOP)
+        assert wait_for(lambda: state(started.process.pid) == "T")
+        go.write_text("")
+        assert wait_for(lambda: "seccomp" in Path(f"/proc/{command}/wchan").read_text() or state(command) in "SD")
+        if end == "continue":
+            started.process.send_signal(signal.SIGCONT)
+            assert started.process.stdout.readline() == "bound\n"
+        else:
+            os.kill(command, signal.SIGTERM)
+            started.process.send_signal(signal.SIGCONT)
+            assert started.process.wait(DEADLINE) == -signal.SIGTERM
+
+
+def test_as_pid_1_it_reaps_and_ends_with_the_status() -> None:
+    if os.geteuid():
+        pytest.skip("only root can make a pid namespace")
+    words = ["unshare", "--pid", "--fork", "--mount-proc", *PORTEXEC, *GUARD]
+    script = "(true &) ; sh -c 'kill -KILL $$'; exit 9"
+    assert subprocess.run([*words, "sh", "-c", script], timeout=DEADLINE, check=False).returncode == 9
+    assert subprocess.run([*words, "sh", "-c", "kill -9 $$"], timeout=DEADLINE, check=False).returncode == 128 + 9
+
+
+def test_sigchld_ignored_by_the_caller_is_no_trouble() -> None:
+    script = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    words = [sys.executable, "-c", script, *PORTEXEC, *GUARD, "grep", "SigIgn", "/proc/self/status"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 0
+    assert int(done.stdout.split()[1], 16) & 1 << signal.SIGCHLD - 1
