@@ -1,0 +1,331 @@
+"""The theft suite: what other processes get, of the same user and of another one, who want the number of a launch.
+
+Who may take it is a table by hand-off, `MAY_TAKE`; a hand-off that joins it is tried like the others. The command is a real
+one that starts slowly: it says `ready`, and does not serve before the test lets it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+
+from portexec import sockets
+from tests.support import DEADLINE, STRANGER, Running, child, run, running
+
+Attempt = dict[str, Any]
+
+# What the documentation says of each hand-off: who can take the number, before the command serves, from whoever asks for it.
+MAY_TAKE: dict[str, Callable[[Attempt], bool]] = {
+    "fd": lambda attempt: False,
+    "guard": lambda attempt: False,
+    "hold": lambda attempt: attempt["reuse_addr"] and attempt["way"] in NAMED,
+}
+NAMED = ("named", "first of two", "second of two")
+
+# Which addresses a socket takes up: of IPv4, of IPv6; `*` is all of a family.
+COVERS = {
+    "127.0.0.1": ("127.0.0.1", ""),
+    "127.0.0.2": ("127.0.0.2", ""),
+    "0.0.0.0": ("*", ""),
+    "::1": ("", "::1"),
+    "[::1]": ("", "::1"),
+    "[::]": ("", "*"),
+    "[::] v6only": ("", "*"),
+    "*": ("*", "*"),
+    "[::] both": ("*", "*"),
+    "::ffff:127.0.0.1": ("127.0.0.1", ""),
+}
+LISTEN = ("127.0.0.1", "[::1]", "0.0.0.0", "[::]", "*")
+USERS = ("same user", "stranger")
+ATTEMPTS = 10_000  # of each thief that does nothing else
+NOT_HERE = ("EADDRNOTAVAIL", "EAFNOSUPPORT")
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+HAS_IPV6 = _has_ipv6()
+needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="needs IPv6 on the loopback interface")
+every_hand_off = pytest.mark.parametrize("hand_off", MAY_TAKE)
+every_listen = pytest.mark.parametrize(
+    "listen", [pytest.param(listen, marks=needs_ipv6 if ":" in listen else ()) for listen in LISTEN]
+)
+every_user = pytest.mark.parametrize("user", USERS)
+
+
+@pytest.fixture
+def stranger() -> list[str]:
+    """The words that make a thief another user."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    return ["--as", str(STRANGER)]
+
+
+@pytest.fixture
+def identity(user: str, request: pytest.FixtureRequest) -> list[str]:
+    """The words that make a thief this user."""
+    words: list[str] = request.getfixturevalue("stranger") if user == "stranger" else []
+    return words
+
+
+def every_attempt(identity: list[str], number: int) -> list[Attempt]:
+    """What a thief gets by every way: first without SO_REUSEADDR, so that none profits from what the others left behind."""
+    return [attempt for options in ("-,p", "a,ap") for attempt in attempts(identity, "all", number, options)]
+
+
+def attempts(identity: list[str], *words: object) -> Any:
+    """Run a thief to its end, and what it printed."""
+    done = subprocess.run(
+        [*child("thief"), *identity, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@contextmanager
+def thief(identity: list[str], *words: object) -> Iterator[subprocess.Popen[str]]:
+    """A thief that goes on until its stdin ends."""
+    command = [*child("thief"), *identity, *map(str, words)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=DEADLINE)
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    """The next line of a child's stdout."""
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip("\n")
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    """Give a child a line on its stdin."""
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+@cache
+def can_have(hand_off: str) -> bool:
+    """Whether this machine has the hand-off at all: asked for by name it is never replaced by another one."""
+    return run("--hand-off", hand_off, "--", "true").returncode == 0
+
+
+@contextmanager
+def starting(hand_off: str, listen: str = "127.0.0.1") -> Iterator[tuple[Running, int]]:
+    """A command that is still starting, and the number it was given."""
+    if hand_off == "guard" and not can_have(hand_off):
+        pytest.skip("this machine cannot have the hand-off guard")
+    words = ["--hand-off", hand_off, "--listen", f"{listen}:0", "--", *child("late_server"), listen]
+    with running(*words, stdin=subprocess.PIPE) as launch:
+        number = int(launch.url().rpartition(":")[2])
+        assert read_line(launch.process) == "ready"
+        yield launch, number
+
+
+def serve(launch: Running) -> int:
+    """Let the command serve, wait until it does, and return its process id."""
+    tell(launch.process, "serve")
+    word, _, pid = read_line(launch.process).partition(" ")
+    assert word == "serving"
+    return int(pid)
+
+
+def answer(listen: str, number: int) -> int:
+    """Who answers a client: a process id."""
+    host = "::1" if listen in {"[::1]", "[::]"} else "127.0.0.1"
+    with socket.create_connection((host, number), timeout=DEADLINE) as connection:
+        return int(connection.makefile().read())
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two sockets on these addresses would both be asked for the same connection."""
+    return any(a and b and (a == b or "*" in (a, b)) for a, b in zip(COVERS[one], COVERS[other], strict=True))
+
+
+def possible(tried: list[Attempt]) -> list[Attempt]:
+    """The attempts that this machine has the addresses for."""
+    return [one for one in tried if HAS_IPV6 or ":" not in one["address"] or one["why"] not in NOT_HERE]
+
+
+def wrong_outcomes(tried: list[Attempt], expected: Callable[[Attempt], bool]) -> list[Attempt]:
+    """The attempts that got the number and should not have, or the other way round."""
+    return [one for one in possible(tried) if one["got"] != expected(one)]
+
+
+@every_user
+@every_listen
+@every_hand_off
+def test_while_the_command_starts(hand_off: str, listen: str, identity: list[str]) -> None:
+    with starting(hand_off, listen) as (launch, number):
+        tried = every_attempt(identity, number)
+        pid = serve(launch)
+        served_by = answer(listen, number)
+    assert wrong_outcomes(tried, MAY_TAKE[hand_off]) == []
+    assert {one["why"] for one in tried if one["way"] == "named" and not one["got"]} <= {"EADDRINUSE", *NOT_HERE}
+    assert served_by == pid
+
+
+@every_user
+@every_listen
+@every_hand_off
+def test_after_the_command_serves(hand_off: str, listen: str, identity: list[str]) -> None:
+    """The same table, but that nobody gets in where the command's clients are.
+
+    Whoever may take the number and sets SO_REUSEPORT as well can use the kernel's shortcut for two steps even then, which is
+    why nothing is expected of them; nobody gets there without SO_REUSEADDR.
+    """
+    with starting(hand_off, listen) as (launch, number):
+        pid = serve(launch)
+        tried = every_attempt(identity, number)
+        served_by = answer(listen, number)
+
+    def may_take(attempt: Attempt) -> bool:
+        return MAY_TAKE[hand_off](attempt) and not overlap(attempt["address"], listen)
+
+    asked = [one for one in tried if not (MAY_TAKE[hand_off](one) and one["reuse_port"])]
+    assert wrong_outcomes(asked, may_take) == []
+    assert served_by == pid
+
+
+@every_user
+@every_listen
+def test_a_launch_of_an_unprivileged_user(listen: str, identity: list[str]) -> None:
+    """Root can hide its sockets better than others can; the thief is of the user who launched, or root."""
+    launcher = "-" if os.geteuid() else str(STRANGER)
+    with subprocess.Popen(
+        [*child("holder"), launcher, listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        try:
+            tried = every_attempt(identity, int(read_line(holder)))
+        finally:
+            holder.kill()
+    assert wrong_outcomes(tried, MAY_TAKE["fd"]) == []
+
+
+@every_user
+@pytest.mark.parametrize("options", ["a", "ap"])
+@pytest.mark.parametrize(
+    "address", [pytest.param(a, marks=needs_ipv6 if ":" in a else ()) for a in COVERS if a not in {"[::1]", "[::]", "*"}]
+)
+def test_the_binder_that_hold_lets_in(address: str, options: str, identity: list[str]) -> None:
+    """Where it takes an address that the command wants, the command fails loudly; elsewhere it does not disturb."""
+    with starting("hold") as (launch, number), thief(identity, "keep", number, address, options) as taker:
+        assert json.loads(read_line(taker))["got"]
+        if overlap(address, "127.0.0.1"):
+            tell(launch.process, "serve")
+            assert launch.process.wait(DEADLINE) != 0
+            launch.line("Address already in use")
+        else:
+            pid = serve(launch)
+            assert answer("127.0.0.1", number) == pid
+
+
+@every_user
+@every_hand_off
+def test_the_same_number_for_udp_is_not_a_theft(hand_off: str, identity: list[str]) -> None:
+    with starting(hand_off) as (launch, number):
+        taken = attempts(identity, "udp", number)
+        pid = serve(launch)
+        assert taken["got"], taken
+        assert answer("127.0.0.1", number) == pid
+
+
+@every_user
+def test_the_thief_can_steal_from_a_holder_of_one_address(identity: list[str]) -> None:
+    """What the suite is worth: the same thief, sent to a number that is held the usual way, comes back with loot."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        tried = every_attempt(identity, holder.getsockname()[1])
+    elsewhere = [one for one in possible(tried) if not overlap(one["address"], "127.0.0.1")]
+    assert {one["way"] for one in elsewhere if one["got"]} >= {"named", "first of two"}
+    assert [one for one in elsewhere if one["way"] in ("named", "bind 0") and not one["got"]] == []
+
+
+@needs_ipv6
+@every_user
+def test_the_thief_can_steal_in_two_steps(identity: list[str]) -> None:
+    """The shortcut in the kernel to which a holder of one address is open, and a guard is not."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        tried = every_attempt(identity, holder.getsockname()[1])
+    if not any(one["got"] for one in tried if one["way"] == "second of two"):
+        pytest.skip("this kernel has closed the shortcut")
+
+
+@every_user
+def test_the_thief_can_connect_from_a_number_that_only_a_connection_has(identity: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        tried = every_attempt(identity, client.getsockname()[1])
+    connected = [one for one in tried if one["way"] == "connect" and one["address"] == "127.0.0.1"]
+    if not connected:
+        pytest.skip("needs IP_LOCAL_PORT_RANGE, Linux 6.3")
+    assert any(one["got"] for one in connected)
+
+
+# SO_REUSEPORT of the same user is the one binder that a flip cannot tell from ours, as documented, unless root flips.
+SAME_USER_OPTIONS = "-,a" if os.geteuid() else "-,a,p,ap"
+
+
+@pytest.mark.parametrize(("user", "options"), [("same user", SAME_USER_OPTIONS), ("stranger", "-,a,p,ap")])
+def test_thieves_who_name_the_number_all_the_time_never_get_between_flips(options: str, identity: list[str]) -> None:
+    with ExitStack() as stack:
+        guard = stack.enter_context(closing(sockets.Guard(0)))
+        number = guard.port
+        thieves = [stack.enter_context(thief(identity, "hammer", number, ATTEMPTS, options)) for _ in range(2)]
+        assert [read_line(one) for one in thieves] == ["ready"] * 2
+        flips = 0
+        while flips < 20 or any(one.poll() is None for one in thieves):
+            flip_once(guard)
+            flips += 1
+        loot = [json.loads(read_line(one)) for one in thieves]
+    assert [one["got"] for one in loot] == [[], []]
+    assert all(one["tried"] >= ATTEMPTS for one in loot)
+
+
+def flip_once(guard: sockets.Guard) -> None:
+    """What a launch does with its number, for every kind of address; fails if a thief is in the way."""
+    ipv6 = [(socket.AF_INET6, "::1"), (socket.AF_INET6, "::")] * HAS_IPV6
+    for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), *ipv6]:
+        with socket.socket(family) as listener:
+            with sockets.Flip(guard, listener):
+                listener.bind((host, guard.port))
+            sockets.listen_past(guard, listener, listener.listen)
+
+
+def test_a_hundred_launches_among_spinning_thieves(stranger: list[str]) -> None:
+    """Thieves who take and drop numbers at random spoil no start, and get no number of a launch when they are told it."""
+    with ExitStack() as stack:
+        thieves = [stack.enter_context(thief(identity, "spin", 1_000_000)) for identity in ([], [], stranger, stranger)]
+        assert [read_line(one) for one in thieves] == ["ready"] * 4
+        for _ in range(10):
+            with ExitStack() as batch:
+                launches = [batch.enter_context(starting("fd")) for _ in range(10)]
+                numbers = [number for _, number in launches]
+                for one in thieves:
+                    tell(one, json.dumps(numbers))
+                loot = [attempt for one in thieves for attempt in json.loads(read_line(one)) if attempt["got"]]
+                pids = [serve(launch) for launch, _ in launches]
+                served_by = [answer("127.0.0.1", number) for number in numbers]
+                assert loot == []
+                assert served_by == pids
