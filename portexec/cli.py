@@ -51,13 +51,19 @@ def _run(chosen: options.Options) -> int:
     if chosen.dry_run:
         return _show_plan(launch, as_json=chosen.json)
     supervised = _rehearse(launch) if launch.choice.hand_off == handoff.GUARD else None
-    _publish(launch, chosen)
     try:
-        if supervised is not None:
-            return _supervise(supervised, chosen, launch, kill_after)
-        execute.execute(launch.plan)
+        _publish(launch, chosen)
+        try:
+            if supervised is not None:
+                return _supervise(supervised, chosen, launch, kill_after)
+            execute.execute(launch.plan)
+        except PortexecError:
+            publish.withdraw(chosen.port_file, launch.bound.listeners[0].port)
+            raise
     except BaseException:
         launch.bound.remove_paths()
+        if supervised is not None:
+            supervised.cancel()
         raise
 
 
@@ -101,11 +107,7 @@ def _show_plan(launch: Launch, *, as_json: bool) -> int:
 def _publish(launch: Launch, chosen: options.Options) -> None:
     """Tell whoever is to know: files first, since they can fail, then stderr."""
     listeners = launch.bound.listeners
-    try:
-        publish.publish_files(chosen.port_file, chosen.export, listeners[0].port, launch.variables)
-    except BaseException:
-        launch.bound.close()
-        raise
+    publish.publish_files(chosen.port_file, chosen.export, listeners[0].port, launch.variables)
     if chosen.verbose:
         from portexec import explain
 

@@ -47,9 +47,11 @@ def compose(
     *,
     without: Iterable[str],
 ) -> dict[str, str]:
-    """Merge them, in this order. `without` are the names that the given environment has and nobody means any more."""
-    stale = set(without)
-    return {**from_files, **{name: value for name, value in given.items() if name not in stale}, **injected, **extra}
+    """Merge them, in this order. `without` are names that nobody means any more, in the environment and in files."""
+    merged = {**from_files, **given}
+    for name in without:
+        merged.pop(name, None)
+    return {**merged, **injected, **extra}
 
 
 def read_env_files(paths: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:

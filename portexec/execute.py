@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _DEFAULT_PATH = "/bin:/usr/bin"  # what execvp(3) takes when there is no PATH
-OUT_OF_THE_WAY = 64  # scripts use descriptors up to 9 by number, shells save theirs from 10 on
+_OUT_OF_THE_WAY = 64  # scripts use descriptors up to 9 by number, shells save theirs from 10 on
 _STDERR = 2
 _JOBSERVER_OPTIONS = ("--jobserver-auth=", "--jobserver-fds=")
 _JOBSERVER_VARIABLES = ("MAKEFLAGS", "MFLAGS", "CARGO_MAKEFLAGS")
@@ -41,7 +41,11 @@ def find_command(name: str, environment: Mapping[str, str]) -> str:
             forbidden = forbidden or file
     if forbidden and name:
         raise _cannot_execute(forbidden, "Permission denied", f"make it executable: chmod +x {forbidden}")
-    hint = "quote the command and its words one by one, not as one" if " " in name else "is it installed, and on the PATH?"
+    hint = "is it installed, and on the PATH?"
+    if " " in name:
+        hint = f"write it as separate words: portexec -- {name}"
+    elif not name:
+        hint = "the first word is empty; is a variable unset?"
     raise PortexecError(f"command not found: {name or repr(name)}", hint, STATUS_NOT_FOUND)
 
 
@@ -66,8 +70,10 @@ def execute(plan: Plan) -> NoReturn:
     Raises PortexecError with status 126 or 127 when the kernel refuses, and with 125 when descriptors run out.
     """
     environment = dict(plan.environment)
-    errors = fcntl.fcntl(_STDERR, fcntl.F_DUPFD_CLOEXEC, OUT_OF_THE_WAY) if plan.first_fd <= _STDERR else -1
+    errors = -1
     try:
+        if plan.first_fd <= _STDERR:
+            errors = duplicate(_STDERR, _STDERR + 1, inheritable=False)
         moved = place(plan.passed, plan.first_fd, plan.kept)
     except OSError as error:
         raise PortexecError(f"cannot place the descriptors: {reason(error)}", "raise the limit with `ulimit -n`") from error
@@ -95,38 +101,44 @@ def place(passed: tuple[int, ...], first_fd: int, kept: tuple[int, ...]) -> dict
     moved: dict[int, int] = {}
     for target, fd in enumerate(passed, first_fd):
         source = number_of[fd]
-        if source != target:
-            if target in at:
-                ours = at.pop(target)
-                number_of[ours] = _duplicate(target, end, inheritable=False)
-                at[number_of[ours]] = ours
-            elif target > _STDERR and _is_inheritable(target):
-                moved[target] = _duplicate(target, end, inheritable=True)
-            os.dup2(source, target, inheritable=True)
+        if source != target and target in at:
+            _swap(source, target, end)
+            number_of[at[target]], at[source] = source, at[target]
+        elif source != target:
+            if target > _STDERR and _is_inheritable(target):
+                moved[target] = duplicate(target, end, inheritable=True)
+            os.dup2(source, target)
             os.close(source)
             del at[source]
-            at[target] = fd
-            number_of[fd] = target
+        number_of[fd], at[target] = target, fd
         os.set_inheritable(target, True)
     for fd in kept:
         _keep(number_of[fd])
     return moved
 
 
+def _swap(one: int, other: int, end: int) -> None:
+    """Exchange two descriptors of ours by way of one spare number, of which there may be no more."""
+    spare = duplicate(other, end, inheritable=False)
+    os.dup2(one, other, inheritable=False)
+    os.dup2(spare, one, inheritable=False)
+    os.close(spare)
+
+
 def _keep(fd: int) -> None:
     """Let the command inherit a descriptor, under a number that is in nobody's way if the limits allow one."""
-    if fd >= OUT_OF_THE_WAY:
+    if fd >= _OUT_OF_THE_WAY:
         os.set_inheritable(fd, True)
     else:
-        _duplicate(fd, fd + 1, inheritable=True)
+        duplicate(fd, fd + 1, inheritable=True)
         os.close(fd)
 
 
-def _duplicate(fd: int, lowest: int, *, inheritable: bool) -> int:
+def duplicate(fd: int, lowest: int, *, inheritable: bool) -> int:
     """Duplicate a descriptor to a free number out of the way, or where the limits do not reach that far, from `lowest` on."""
     command = fcntl.F_DUPFD if inheritable else fcntl.F_DUPFD_CLOEXEC
     try:
-        return fcntl.fcntl(fd, command, max(lowest, OUT_OF_THE_WAY))
+        return fcntl.fcntl(fd, command, max(lowest, _OUT_OF_THE_WAY))
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EMFILE):
             raise
@@ -187,8 +199,8 @@ def _missing_interpreter(file: str) -> PortexecError:
         first = b""
     if not first.startswith(b"#!"):
         return _cannot_execute(file, "its dynamic loader is missing", "is it built for another system or C library?")
-    interpreter = os.fsdecode(first[2:].strip(b" \t\n").split(b" ")[0])
-    if interpreter.endswith("\r"):
+    interpreter = os.fsdecode((first[2:].split(maxsplit=1) or [b""])[0])
+    if first.endswith(b"\r\n"):
         return _cannot_execute(file, "its first line has a Windows line end", f"convert it: sed -i 's/\\r$//' {file}")
     return _cannot_execute(file, f"its interpreter {interpreter} does not exist", "correct its first line, or install that")
 

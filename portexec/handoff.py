@@ -92,6 +92,8 @@ def choose(
     `fd_only` and `guard_only` are options that were given and mean something with that hand-off only.
     Raises PortexecError when what was requested contradicts itself.
     """
+    if requested not in HAND_OFFS:
+        raise PortexecError(f"unknown hand-off {requested!r}", f"it is one of {', '.join(HAND_OFFS)}")
     sign = _descriptor_sign(texts, range(first_fd, first_fd + len(specs)))
     numberless = next((spec for spec in specs if spec.kind != "tcp"), None)
     hand_off, why = requested, "as asked for"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from portexec import activation, environment, execute, handoff, options, sockets, spec, templates
 from portexec.errors import PortexecError
 
@@ -24,9 +26,14 @@ class Request:
         self.inherited = activation.inherited(self.given)
         self.specs = spec.parse_listen(chosen.listen or [spec.DEFAULT])
         self.backlog = options.number(chosen.backlog, "--backlog", 0, _MAX_BACKLOG)
-        self.lowest_fd = options.number(chosen.first_fd or str(activation.FIRST_FD), "--first-fd", 0, _MAX_FD)
+        self.lowest_fd = self._lowest_fd()
         self.remap = handoff.parse_remap(chosen.remap, self.specs)
         self.extra = dict(_split_assignment(text) for text in chosen.env)
+
+    def _lowest_fd(self) -> int:
+        if self.chosen.first_fd is None:
+            return activation.FIRST_FD
+        return options.number(self.chosen.first_fd, "--first-fd", 0, _MAX_FD)
 
     @property
     def first_fd(self) -> int:
@@ -34,9 +41,8 @@ class Request:
 
     def choose(self) -> handoff.Choice:
         """The hand-off for this request. Raises PortexecError when it cannot be had."""
-        fd_only = [
-            name for name, is_given in (("--first-fd", self.chosen.first_fd), ("--no-pid", self.chosen.no_pid)) if is_given
-        ]
+        fd_only = ["--first-fd"] if self.chosen.first_fd is not None else []
+        fd_only += ["--no-pid"] if self.chosen.no_pid else []
         guard_only = ["--remap"] if self.remap else []
         texts = [*self.chosen.command, *self.extra.values()]
         return handoff.choose(self.chosen.hand_off, self.specs, texts, self.first_fd, fd_only=fd_only, guard_only=guard_only)
@@ -99,12 +105,14 @@ def _plan(request: Request, choice: handoff.Choice, bound: sockets.Bound) -> Lau
         {name: templates.expand(text, values) for name, text in request.extra.items()},
         without=activation.VARIABLES,
     )
+    passed = handoff.descriptors(request.inherited, bound.listeners)
+    _require_room(request.lowest_fd + len(passed))
     argv = [templates.expand(word, values) for word in request.chosen.command]
     plan = handoff.Plan(
         execute.find_command(argv[0], complete),
         argv,
         complete,
-        passed=handoff.descriptors(request.inherited, bound.listeners),
+        passed=passed,
         first_fd=request.lowest_fd,
         kept=() if choice.hand_off == handoff.GUARD else bound.guard_descriptors(),
         for_pid=bool(names) and not request.chosen.no_pid,
@@ -115,6 +123,13 @@ def _plan(request: Request, choice: handoff.Choice, bound: sockets.Bound) -> Lau
     if choice.hand_off == handoff.HOLD:
         launch.hold(choice.why)
     return launch
+
+
+def _require_room(end: int) -> None:
+    """Refuse descriptors that the limit does not allow, before anybody is told anything."""
+    limit = os.sysconf("SC_OPEN_MAX")
+    if end > limit > 0:
+        raise PortexecError(f"descriptor {end - 1} is beyond the limit of {limit}", "raise it with `ulimit -n`")
 
 
 def _split_assignment(text: str) -> tuple[str, str]:

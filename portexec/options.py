@@ -38,7 +38,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
         "Listeners",
         (
             Option("-l", "--listen", "[NAME=]SPEC", f"what to listen on; default {spec.DEFAULT}", repeatable=True),
-            Option("-b", "--backlog", "N", "how many connections may wait; default SOMAXCONN"),
+            Option("-b", "--backlog", "N", "how many connections may wait; default 0, the most"),
         ),
     ),
     (
@@ -116,7 +116,7 @@ class Options:
         self.listen: list[str] = []
         self.backlog: str = "0"
         self.hand_off: str = handoff.AUTO
-        self.first_fd: str = ""
+        self.first_fd: str | None = None
         self.no_pid = False
         self.remap: list[str] = []
         self.env: list[str] = []
@@ -159,6 +159,8 @@ def _read(word: str, by_name: dict[str, Option]) -> list[tuple[Option, str | Non
         if equals and not option.metavar:
             raise PortexecError(f"option {name} takes no value", f"write {name} alone")
         return [(option, value if equals else None)]
+    if f"-{word}" in by_name:
+        raise PortexecError(f"unknown option {word}", f"did you mean -{word}?")
     found: list[tuple[Option, str | None]] = []
     for position, letter in enumerate(word[1:], 2):
         option = _known(f"-{letter}", by_name)
@@ -171,6 +173,8 @@ def _read(word: str, by_name: dict[str, Option]) -> list[tuple[Option, str | Non
 def _known(name: str, by_name: dict[str, Option]) -> Option:
     if name in by_name:
         return by_name[name]
+    if name in ("-p", "--port"):
+        raise PortexecError(f"unknown option {name}", "the port is given with -l: -l 3000, or -l 3000,0 for any other if taken")
     import difflib
 
     close = difflib.get_close_matches(name, by_name, 1, 0.6)
@@ -190,7 +194,9 @@ def number(text: str, option: str, lowest: int, highest: int) -> int:
     """The value of a numeric option. Raises PortexecError when it is none or out of range."""
     if text.isascii() and text.isdigit() and len(text) < 12 and lowest <= int(text) <= highest:
         return int(text)
-    raise PortexecError(f"{option} {text!r} is not a number from {lowest} to {highest}", f"write {option} {lowest}")
+    raise PortexecError(
+        f"{option} {text!r} is not a number from {lowest} to {highest}", f"write a number, or leave {option} out"
+    )
 
 
 def duration(text: str, option: str) -> float:

@@ -6,6 +6,7 @@ or written through a symbolic link that somebody planted.
 
 from __future__ import annotations
 
+import _signal
 import errno
 import os
 import stat
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _MODE = 0o644
 _STDERR = 2
+_ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)
 
 
 def say(text: str) -> None:
@@ -60,19 +62,42 @@ def described(listeners: Sequence[Listener], first_fd: int | None) -> list[dict[
 
 
 def publish_files(port_file: str | None, export: str | None, port: int, variables: Mapping[str, str]) -> None:
-    """Write the port file and append to the export file; raise PortexecError with neither changed if one cannot be."""
-    temporary = _prepare_port_file(port_file, port) if port_file is not None else None
+    """Write the port file and append to the export file; raise PortexecError with neither changed if one cannot be.
+
+    Signals that would end us wait until it is done.
+    """
+    mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
-        if export is not None:
-            _append(export, "".join(f"{name}={value}\n" for name, value in variables.items()))
+        temporary = _prepare_port_file(port_file, port) if port_file is not None else None
+        try:
+            appended = _append(export, "".join(f"{name}={value}\n" for name, value in variables.items())) if export else 0
+        except PortexecError:
+            if temporary is not None:
+                os.unlink(temporary)
+            raise
         if port_file is not None and temporary is not None:
-            os.rename(temporary, port_file)
-    except BaseException as error:
-        if temporary is not None:
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise _cannot_write("port file", port_file, error) from error
-        raise
+            try:
+                os.rename(temporary, port_file)
+            except OSError as error:
+                os.unlink(temporary)
+                _take_back(export, appended)
+                raise _cannot_write("port file", port_file, error) from error
+    finally:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+
+
+def withdraw(port_file: str | None, port: int) -> None:
+    """Remove the port file, if it is still ours: if it holds our number."""
+    if port_file is None:
+        return
+    try:
+        fd = os.open(port_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        is_ours = os.read(fd, 16) == b"%d\n" % port
+        os.close(fd)
+        if is_ours:
+            os.unlink(port_file)
+    except OSError:
+        pass
 
 
 def _prepare_port_file(path: str, port: int) -> str:
@@ -87,13 +112,19 @@ def _prepare_port_file(path: str, port: int) -> str:
     except OSError as error:
         raise _cannot_write("port file", path, error) from error
     try:
-        os.write(fd, b"%d\n" % port)
+        _write_all(fd, b"%d\n" % port)
     except OSError as error:
         os.unlink(temporary)
         raise _cannot_write("port file", path, error) from error
     finally:
         os.close(fd)
     return temporary
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    """One write(2) that has to take everything, as it does unless the disk or a limit is full."""
+    if os.write(fd, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _require_replaceable(path: str) -> None:
@@ -108,8 +139,8 @@ def _require_replaceable(path: str) -> None:
         raise OSError(errno.EEXIST, "there is something that is no regular file")
 
 
-def _append(path: str, text: str) -> None:
-    """Append whole lines in one write(2), which O_APPEND keeps apart from those of other launches."""
+def _append(path: str, text: str) -> int:
+    """Append whole lines in one write(2), which O_APPEND keeps apart from those of other launches. Returns their bytes."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(path, flags, _MODE)
@@ -120,11 +151,26 @@ def _append(path: str, text: str) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         unfinished = status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n"
-        os.write(fd, os.fsencode("\n" + text if unfinished else text))
+        data = os.fsencode("\n" + text if unfinished else text)
+        try:
+            _write_all(fd, data)
+        except OSError:
+            os.ftruncate(fd, status.st_size)
+            raise
     except OSError as error:
         raise _cannot_write("export file", path, error) from error
     finally:
         os.close(fd)
+    return len(data)
+
+
+def _take_back(path: str | None, length: int) -> None:
+    """Cut off the last bytes of the export file, which nobody has been told of yet."""
+    if path is not None and length:
+        try:
+            os.truncate(path, os.stat(path).st_size - length)
+        except OSError:
+            pass
 
 
 def _cannot_write(what: str, path: str | None, error: OSError) -> PortexecError:

@@ -121,9 +121,12 @@ def _split_address(text: str, rest: str) -> tuple[str, str]:
     """Split `ADDRESS:PORTS`, where either part may be missing, into an address without brackets and the ports."""
     if rest.startswith("["):
         address, bracket, tail = rest[1:].partition("]")
-        if not bracket or not address or (tail and not tail.startswith(":")):
+        if not bracket or ":" not in address or (tail and not tail.startswith(":")):
             raise PortexecError(f"malformed listen spec {text!r}", "an IPv6 address is written [::1]:PORTS")
         return _checked_host(text, address), tail[1:] if tail else "0"
+    if "://" in rest:
+        bare = rest.partition("://")[2].partition("/")[0]
+        raise PortexecError(f"malformed listen spec {text!r}", f"it is an address, not a URL: {bare}")
     if rest.count(":") > 1:
         raise PortexecError(f"malformed listen spec {text!r}", f"an IPv6 address goes in brackets: [{rest}]")
     if ":" in rest:

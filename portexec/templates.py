@@ -1,7 +1,7 @@
 """Templates: `{port}`, `{api.url}` and their like, in the words of the command and in `-e`. Pure.
 
-Literal replacement of known tokens and nothing else: all other braces stay, as JSON, awk and shells need them. `{{port}}` is
-the same as `{port}`, for task runners that eat single braces. What a replacement inserts is not looked at again.
+Literal replacement of known tokens and nothing else: all other braces stay, as JSON, awk and shells (`${port}`) need them.
+`{{port}}` is the same as `{port}`, for task runners that eat single braces. What a replacement inserts is not looked at again.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ def _tokens(text: str) -> Iterator[tuple[int, int, str]]:
     """Yield start, end and inner text of every token, from left to right."""
     start = text.find("{")
     while start >= 0:
+        is_shells = text.startswith("$", max(start - 1, 0)) and start > 0
         opening = 2 if text.startswith("{{", start) else 1
         end = text.find("}", start)
         token = text[start + opening : end] if end >= 0 else ""
         closing = 2 if text.startswith("}}", end) else 1
-        if _is_token(token) and closing >= opening:
+        if _is_token(token) and closing >= opening and not is_shells:
             yield start, end + opening, token
             start = text.find("{", end + opening)
         else:

@@ -1,18 +1,23 @@
-"""Unix sockets: listen on a path without stealing a live one, and without leaving the path empty-handed.
+"""Unix sockets: listen on a path without stealing a live one, also when several launches want it at once.
 
 The socket is bound under its own path, not under a temporary one that is renamed, since getsockname(2) keeps the name for
-good and socket-activation clients compare it (sd_is_socket_unix(3)). A dead socket in the way is moved aside first and looked
-at again there, so that of two launches at once neither can remove the other's.
+good and socket-activation clients compare it (sd_is_socket_unix(3)). From the look at what is in the way until the socket
+listens, a launch holds the mutex of that path, so that none takes another's fresh socket for a dead one.
 """
 
 from __future__ import annotations
 
 import _socket
+import binascii
 import errno
 import os
 import stat
+import time
 
 from portexec.errors import PortexecError
+
+_MUTEX_TRIES = 400
+_MUTEX_PAUSE = 0.005  # seconds
 
 
 def listen(socket: _socket.socket, path: str, backlog: int) -> None:
@@ -22,13 +27,18 @@ def listen(socket: _socket.socket, path: str, backlog: int) -> None:
     """
     if path.startswith("@"):
         socket.bind("\0" + path[1:])
-    else:
-        _bind_path(socket, path)
-    try:
         socket.listen(backlog)
-    except BaseException:
-        remove(path)
-        raise
+        return
+    mutex = _take_mutex(path)
+    try:
+        _bind_path(socket, path)
+        try:
+            socket.listen(backlog)
+        except BaseException:
+            remove(path)
+            raise
+    finally:
+        mutex.close()
 
 
 def remove(path: str) -> None:
@@ -40,37 +50,43 @@ def remove(path: str) -> None:
             pass
 
 
+def _take_mutex(path: str) -> _socket.socket:
+    """An abstract socket that stands for the path: the kernel gives its name to one process, and takes it back at any end.
+
+    Not a lock file or flock(2) on the directory, with which another user could make us wait for ever.
+    """
+    directory = os.stat(os.path.dirname(path) or ".")
+    name = f"\0portexec:{directory.st_dev:x}:{directory.st_ino:x}:{binascii.crc32(os.fsencode(os.path.basename(path))):x}"
+    mutex = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    for _ in range(_MUTEX_TRIES):
+        try:
+            mutex.bind(name)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                mutex.close()
+                raise
+            time.sleep(_MUTEX_PAUSE)
+        else:
+            return mutex
+    mutex.close()
+    raise PortexecError(f"cannot listen on unix:{path}: another launch is at it", "try again")
+
+
 def _bind_path(socket: _socket.socket, path: str) -> None:
     try:
         socket.bind(path)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        _clear_dead(path)
+        _require_dead(path)
+        os.unlink(path)
         socket.bind(path)
 
 
-def _clear_dead(path: str) -> None:
-    """Remove a socket that nobody serves any more; raise PortexecError if it is anything else."""
-    _require_dead(path, path)
-    aside = f"{path}.{os.getpid()}.dead"
-    os.rename(path, aside)
-    try:
-        _require_dead(aside, path)
-    except PortexecError:
-        os.link(aside, path)  # another launch was faster: give it its place back
-        raise
-    finally:
-        os.unlink(aside)
-
-
-def _require_dead(place: str, path: str) -> None:
-    try:
-        if not stat.S_ISSOCK(os.lstat(place).st_mode):
-            raise PortexecError(f"cannot listen on unix:{path}: there is a file that is no socket", "choose another path")
-    except FileNotFoundError:
-        raise PortexecError(f"cannot listen on unix:{path}: another launch is at it", "try again") from None
-    if _somebody_accepts(place) or _is_bound(path):
+def _require_dead(path: str) -> None:
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise PortexecError(f"cannot listen on unix:{path}: there is a file that is no socket", "choose another path")
+    if _somebody_accepts(path):
         raise PortexecError(
             f"cannot listen on unix:{path}: Address already in use", "stop the server that has it, or choose another path"
         )
@@ -87,13 +103,3 @@ def _somebody_accepts(path: str) -> bool:
     finally:
         probe.close()
     return True
-
-
-def _is_bound(path: str) -> bool:
-    """Whether a living process has bound the path and is about to listen: the kernel lists it (proc(5), /proc/net/unix)."""
-    try:
-        with open("/proc/net/unix", "rb") as table:
-            wanted = os.fsencode(path)
-            return any(line.rstrip(b"\n").split(None, 7)[7:] == [wanted] for line in table)
-    except OSError:
-        return False

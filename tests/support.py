@@ -88,9 +88,10 @@ class Running:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            self.process.communicate(timeout=DEADLINE)
+            self.process.wait(DEADLINE)
         finally:
             kill_group(self.process.pid)
+        self.process.communicate(timeout=DEADLINE)
         return self.process.returncode
 
 

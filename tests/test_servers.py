@@ -25,7 +25,7 @@ import pytest
 from tests.support import DEADLINE, Running, get, kill_group, running, wait_for
 
 APPS = Path(__file__).resolve().parent / "apps"
-BY_NUMBER_HAND_OFFS = ["hold"]
+BY_NUMBER_HAND_OFFS = ["guard", "hold"]
 LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 # Console scripts of the environment that the tests run in come first, as in a shell where it is activated.

@@ -35,12 +35,16 @@ _STATUS_GONE = 125
 
 
 def main(control: _socket.socket, plan: Plan, rehearsal_port: int, parent: int, inbox: Inbox) -> NoReturn:
-    """Run the chain to its end. Never returns into the caller's code, which is the parent's."""
+    """Run the chain to its end. Never returns into the caller's code, which is the parent's.
+
+    Should the parent be killed, the kernel kills us, and sends the command TERM.
+    """
     try:
-        seccomp.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGTERM)
+        seccomp.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGKILL)
         if os.getppid() == parent and _install(control):
             _rehearse(control, rehearsal_port)
             if control.recv(1) == GO:
+                seccomp.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGTERM)
                 inbox.restore()
                 _execute(control, plan)
     finally:

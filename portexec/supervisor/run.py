@@ -9,7 +9,6 @@ from __future__ import annotations
 import _signal
 import _socket
 import errno
-import fcntl
 import os
 import select
 import sys
@@ -60,7 +59,7 @@ class Supervised:
         self.admission.serve(self.has_notifications)
 
     def cancel(self) -> None:
-        """End the child before it was told to go, and make this process again what it was."""
+        """End the child, unless it has ended, and make this process again what it was."""
         os.close(self.admission.notify_fd)
         _take_back(self.pid, self.control, self.inbox)
 
@@ -73,11 +72,12 @@ def spawn(plan: Plan, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> 
     """
     inbox = signals.Inbox()
     seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)
-    lowest = max(plan.first_fd + len(plan.passed), execute.OUT_OF_THE_WAY)
+    lowest = plan.first_fd + len(plan.passed)
     control, childs_control = (_move_up(end, lowest) for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET))
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
+        control.close()
         child.main(childs_control, plan, next(iter(guards)), parent, inbox)
     childs_control.close()
     try:
@@ -98,7 +98,7 @@ def _take_back(pid: int, control: _socket.socket, inbox: signals.Inbox) -> None:
 
 def _move_up(socket: _socket.socket, lowest: int) -> _socket.socket:
     """The same socket under a number where no descriptor of the plan is to be placed."""
-    fd = fcntl.fcntl(socket.fileno(), fcntl.F_DUPFD_CLOEXEC, lowest)
+    fd = execute.duplicate(socket.fileno(), lowest, inheritable=False)
     socket.close()
     return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
 
@@ -194,7 +194,6 @@ class Supervisor:
         message = control.recv(_MAX_MESSAGE)
         control.close()
         if message[:1] == child.FAILED:
-            os.waitpid(self.supervised.pid, 0)
             status, text, hint = os.fsdecode(message[1:]).split(child.SEPARATOR)
             raise PortexecError(text, hint, int(status))
 
