@@ -6,7 +6,7 @@ import os
 import sys
 
 from portexec import handoff, sockets
-from portexec.errors import PortexecError, reason
+from portexec.errors import PortexecError, RefusedError, reason
 from portexec.spec import DEFAULT, parse_listen
 
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
@@ -87,12 +87,12 @@ def _guard() -> str:
     """Rehearse for real: a guard, a child, a filter, and a bind that is admitted."""
     if not sockets.LINUX:
         return "not available: it needs Linux' seccomp"
-    from portexec.supervisor import run
+    from portexec.supervisor import start
 
     bound = sockets.bind_all(parse_listen([DEFAULT]), listening=False)
     try:
-        supervised = run.spawn(handoff.Plan(sys.executable, [sys.executable], {}), bound.guards, {})
-    except run.RefusedError as refusal:
+        supervised = start(handoff.Plan(sys.executable, [sys.executable], {}), bound.guards, {})
+    except RefusedError as refusal:
         return f"not available: {refusal}"
     except OSError as error:
         raise PortexecError(f"cannot rehearse: {reason(error)}") from error

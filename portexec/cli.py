@@ -7,7 +7,7 @@ import os
 import sys
 
 from portexec import __version__, execute, handoff, options, publish
-from portexec.errors import STATUS_FAILURE, PortexecError, reason
+from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, reason
 from portexec.launch import Launch, prepare
 
 TYPE_CHECKING = False
@@ -70,13 +70,13 @@ def _run(chosen: options.Options) -> int:
 def _rehearse(launch: Launch) -> Supervised | None:
     """Start the child of hand-off `guard`, or where that cannot be had and `auto` allows it, turn to `hold`."""
     from portexec import privileges
-    from portexec.supervisor import run
+    from portexec.supervisor import start
 
     try:
         if not launch.choice.is_final and (danger := privileges.lost_by(launch.plan.file)):
-            raise run.RefusedError(danger)
-        return run.spawn(launch.plan, launch.bound.guards, launch.remap)
-    except run.RefusedError as refusal:
+            raise RefusedError(danger)
+        return start(launch.plan, launch.bound.guards, launch.remap)
+    except RefusedError as refusal:
         if launch.choice.is_final:
             launch.bound.close()
             raise PortexecError(
@@ -89,7 +89,9 @@ def _rehearse(launch: Launch) -> Supervised | None:
 
 def _supervise(supervised: Supervised, chosen: options.Options, launch: Launch, kill_after: float) -> int:
     from portexec.supervisor import run
-    from portexec.supervisor.diagnosis import Diagnosis
+
+    supervised.go()
+    from portexec.supervisor.diagnosis import Diagnosis  # beside the command, which is on its way
 
     diagnosis = Diagnosis(launch.bound.guards, quiet=chosen.quiet, verbose=chosen.verbose)
     return run.end_as(run.Supervisor(supervised, diagnosis, kill_after).run())

@@ -25,6 +25,10 @@ class PortexecError(Exception):
         self.status = status
 
 
+class RefusedError(Exception):
+    """This machine does not let us admit binds; the text says why."""
+
+
 def reason(error: OSError) -> str:
     """The system's own words for an error, without the number and the path that Python adds."""
     return error.strerror or str(error)

@@ -34,7 +34,7 @@ _MAX_SOCKADDR = 128  # struct sockaddr_storage; the kernel refuses longer ones
 _FAMILIES = (_socket.AF_UNSPEC, _socket.AF_INET, _socket.AF_INET6)  # bind(2) takes 0 for AF_INET, for old programs
 _REFUSED = (errno.EPERM, errno.EACCES)
 _GATE_TIME = 1.0  # seconds from bind(2) or listen(2) until the listener must have shown
-GATE_POLL = 0.002  # seconds between two looks for it
+_GATE_POLL = 0.002  # seconds between two looks for it
 
 
 class Observer:
@@ -53,8 +53,8 @@ class Observer:
 class Admission:
     """The state of one command's admission: which numbers are ours, who listens on them, which gates are open.
 
-    The caller owns `notify_fd` and the guards, and calls `serve` when the former is readable and `look_at_gates` every
-    GATE_POLL seconds while `has_open_gate`.
+    The caller owns `notify_fd` and the guards, and calls `serve` when the former is readable and `look_at_gates` after
+    `patience`.
     """
 
     def __init__(self, notify_fd: int, guards: Mapping[int, Guard], remap: Mapping[int, int], observer: Observer) -> None:
@@ -68,9 +68,13 @@ class Admission:
         self._gates: dict[int, tuple[float, set[int]]] = {}  # when each closes, and the listeners from before
         self._unheard: set[tuple[int, bytes]] = set()  # binds that were made, but whose caller a signal had taken away
 
-    @property
-    def has_open_gate(self) -> bool:
-        return bool(self._gates)
+    def patience(self) -> float | None:
+        """Seconds until `look_at_gates` is due, None for never."""
+        return _GATE_POLL if self._gates else None
+
+    def forget_observer(self) -> None:
+        """Tell nobody any more."""
+        self.observer = Observer()
 
     def descriptors(self) -> set[int]:
         """All that is needed to go on answering."""

@@ -22,14 +22,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-# The first byte of each message.
-NOTIFY_FD = b"n"  # with the descriptor
-REFUSED = b"r"  # errno and reason: the filter cannot be installed
-REHEARSED = b"h"  # 1, or the reason why not
-GO = b"g"
-FAILED = b"f"  # status, message, hint: the command cannot be executed
+# What parent and child say to each other, over a SOCK_SEQPACKET pair: the first bytes of messages.
+NOTIFY_FD = b"n"  # child: with the descriptor
+REFUSED = b"r"  # child: errno and reason; the filter cannot be installed
+REHEARSED = b"h"  # child: 1, or the reason why not
+SEEN = b"s"  # parent: the rehearsal's listener may go
+GO = b"g"  # parent: execute the command
+FAILED = b"f"  # child: status, message and hint; the command cannot be executed
 
 SEPARATOR = "\0"
+
 _IP_FREEBIND = 15
 _STATUS_GONE = 125
 

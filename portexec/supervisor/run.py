@@ -1,4 +1,4 @@
-"""The parent: start a plan in a child, wait for it, stop its tree, end as it ended.
+"""The parent: rehearse with the child, wait for the command, stop its tree, end as it ended.
 
 No event loop and no threads: one poll(2) on the signals and on the command's notifications. That keeps the parent small for
 as long as the command lives.
@@ -14,12 +14,12 @@ import select
 import sys
 import time
 
-from portexec import execute
-from portexec.errors import PortexecError
-from portexec.handoff import Plan
+from portexec.errors import PortexecError, RefusedError
 from portexec.sockets import Guard
-from portexec.supervisor import child, seccomp, signals
-from portexec.supervisor.admission import GATE_POLL, Admission, Observer
+from portexec.supervisor import child as messages
+from portexec.supervisor import seccomp, signals
+from portexec.supervisor.admission import Admission, Observer
+from portexec.supervisor.spawn import Child
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,20 +31,16 @@ _MAX_MESSAGE = 1 << 16
 _TREE_POLL = 0.05  # seconds between two looks at a tree that is being stopped; its deaths wake us earlier
 
 
-class RefusedError(Exception):
-    """This machine does not let us admit binds; the text says why."""
-
-
 class Supervised:
-    """A child that is ready to execute the command, or does, and what is needed to look after it."""
+    """A child that is ready to execute the command, or does, with what is needed to look after it."""
 
-    def __init__(self, pid: int, control: _socket.socket, inbox: signals.Inbox, admission: Admission) -> None:
-        self.pid = pid
-        self.control = control
-        self.inbox = inbox
+    def __init__(self, child: Child, admission: Admission) -> None:
+        self.pid = child.pid
+        self.inbox = child.inbox
         self.admission = admission
         self.notifications = select.poll()
         self.notifications.register(admission.notify_fd, select.POLLIN)
+        self._child = child
 
     def has_notifications(self) -> bool:
         """Whether a call of the command waits for an answer."""
@@ -58,63 +54,31 @@ class Supervised:
         """Answer all calls that wait."""
         self.admission.serve(self.has_notifications)
 
+    def go(self) -> None:
+        """Let the child execute the command. What comes of it, `require_started` finds out."""
+        self._child.control.send(messages.GO)
+
+    def require_started(self) -> None:
+        """Wait until the command runs. Raises PortexecError if it cannot be executed."""
+        message = self._child.control.recv(_MAX_MESSAGE)
+        self._child.control.close()
+        if message[:1] == messages.FAILED:
+            status, text, hint = os.fsdecode(message[1:]).split(messages.SEPARATOR)
+            raise PortexecError(text, hint, int(status))
+
     def cancel(self) -> None:
         """End the child, unless it has ended, and make this process again what it was."""
         os.close(self.admission.notify_fd)
-        _take_back(self.pid, self.control, self.inbox)
+        self._child.take_back()
 
 
-def spawn(plan: Plan, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Supervised:
-    """Fork the child and rehearse admission with it. The child then waits for `Supervised.control` to say GO.
-
-    To be called in a process with one thread. Raises RefusedError, with nothing left of the attempt, where this machine does
-    not let us; OSError when resources run out.
-    """
-    inbox = signals.Inbox()
+def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Supervised:
+    """Serve the child's bind and listen on a number of ours, and hear from it whether they worked. Raises RefusedError."""
     seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)
-    lowest = plan.first_fd + len(plan.passed)
-    control, childs_control = (_move_up(end, lowest) for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET))
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        control.close()
-        child.main(childs_control, plan, next(iter(guards)), parent, inbox)
-    childs_control.close()
+    notify_fd = _receive_notify_fd(child.control)
     try:
-        return _rehearse(pid, control, inbox, guards, remap)
-    except BaseException:
-        _take_back(pid, control, inbox)
-        raise
-
-
-def _take_back(pid: int, control: _socket.socket, inbox: signals.Inbox) -> None:
-    signals.send(pid, _signal.SIGKILL)
-    os.waitpid(pid, 0)
-    control.close()
-    inbox.restore()
-    inbox.close()
-    seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 0)
-
-
-def _move_up(socket: _socket.socket, lowest: int) -> _socket.socket:
-    """The same socket under a number where no descriptor of the plan is to be placed."""
-    fd = execute.duplicate(socket.fileno(), lowest, inheritable=False)
-    socket.close()
-    return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)
-
-
-def _rehearse(
-    pid: int,
-    control: _socket.socket,
-    inbox: signals.Inbox,
-    guards: Mapping[int, Guard],
-    remap: Mapping[int, int],
-) -> Supervised:
-    """Serve the child's bind and listen on a number of ours, and hear from it whether they worked."""
-    notify_fd = _receive_notify_fd(control)
-    try:
-        supervised = Supervised(pid, control, inbox, Admission(notify_fd, guards, remap, Observer()))
-        outcome = _serve_rehearsal(supervised)
+        supervised = Supervised(child, Admission(notify_fd, guards, remap, Observer()))
+        outcome = _serve_rehearsal(supervised, child.control)
         if outcome != "1":
             raise RefusedError(f"the rehearsal failed: {outcome or 'the child ended'}")
         if supervised.admission.was_gated and remap:
@@ -122,30 +86,30 @@ def _rehearse(
     except BaseException:
         os.close(notify_fd)
         raise
-    control.send(b"\0")
+    child.control.send(messages.SEEN)
     return supervised
 
 
-def _serve_rehearsal(supervised: Supervised) -> str:
+def _serve_rehearsal(supervised: Supervised, control: _socket.socket) -> str:
     admission = supervised.admission
     poll = select.poll()
-    poll.register(supervised.control, select.POLLIN)
+    poll.register(control, select.POLLIN)
     poll.register(admission.notify_fd, select.POLLIN)
     while True:
-        ready = dict(poll.poll(1000 * GATE_POLL if admission.has_open_gate else None))
+        ready = dict(poll.poll(_milliseconds(admission.patience())))
         if ready.get(admission.notify_fd, 0) & select.POLLIN:
             supervised.serve()
         admission.look_at_gates()
-        if ready.get(supervised.control.fileno()):
+        if ready.get(control.fileno()):
             admission.close_gates()
-            return supervised.control.recv(_MAX_MESSAGE).removeprefix(child.REHEARSED).decode(errors="replace")
+            return control.recv(_MAX_MESSAGE).removeprefix(messages.REHEARSED).decode(errors="replace")
 
 
 def _receive_notify_fd(control: _socket.socket) -> int:
     message, ancillary, _, _ = control.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
-    if message[:1] == child.NOTIFY_FD and ancillary:
+    if message[:1] == messages.NOTIFY_FD and ancillary:
         return int.from_bytes(ancillary[0][2][:4], sys.byteorder)
-    code, _, why = message[1:].decode().partition(child.SEPARATOR)
+    code, _, why = message[1:].decode().partition(messages.SEPARATOR)
     raise RefusedError(_why_refused(int(code or 0), why))
 
 
@@ -161,7 +125,7 @@ def _why_refused(code: int, why: str) -> str:
 
 
 class Supervisor:
-    """Looks after a command from GO to its end."""
+    """Looks after a command that was told to go, to its end."""
 
     def __init__(self, supervised: Supervised, diagnosis: Diagnosis, kill_after: float) -> None:
         self.supervised = supervised
@@ -176,8 +140,8 @@ class Supervisor:
         self._poll.register(supervised.admission.notify_fd, select.POLLIN)
 
     def run(self) -> int:
-        """Start the command, wait for its end, and return its wait status. Raises PortexecError if it cannot be executed."""
-        self._go()
+        """Wait for the command's end and return its wait status. Raises PortexecError if it could not be executed."""
+        self.supervised.require_started()
         while self.wait_status is None:
             self._wait()
         if self.told_to_stop:
@@ -188,21 +152,11 @@ class Supervisor:
             self._leave_an_answerer()
         return self.wait_status
 
-    def _go(self) -> None:
-        control = self.supervised.control
-        control.send(child.GO)
-        message = control.recv(_MAX_MESSAGE)
-        control.close()
-        if message[:1] == child.FAILED:
-            status, text, hint = os.fsdecode(message[1:]).split(child.SEPARATOR)
-            raise PortexecError(text, hint, int(status))
-
     def _wait(self, longest: float | None = None) -> None:
         """Wait for whatever comes first, and deal with it."""
         admission = self.supervised.admission
-        limits = [GATE_POLL if admission.has_open_gate else None, self.diagnosis.patience(), longest]
-        times = [limit for limit in limits if limit is not None]
-        ready = dict(self._poll.poll(1000 * min(times) if times else None))
+        limits = [limit for limit in (admission.patience(), self.diagnosis.patience(), longest) if limit is not None]
+        ready = dict(self._poll.poll(_milliseconds(min(limits, default=None))))
         if ready.get(admission.notify_fd, 0) & select.POLLIN:
             self.supervised.serve()
         elif ready.get(admission.notify_fd, 0):
@@ -269,13 +223,19 @@ class Supervisor:
             for stream in range(3):
                 os.dup2(null, stream)
             os.chdir("/")
-            self.supervised.admission.observer = Observer()
+            admission = self.supervised.admission
+            admission.forget_observer()
             while self.supervised.has_filtered_tasks():
-                self.supervised.notifications.poll(1000 * GATE_POLL if self.supervised.admission.has_open_gate else None)
+                self.supervised.notifications.poll(_milliseconds(admission.patience()))
                 self.supervised.serve()
-                self.supervised.admission.look_at_gates()
+                admission.look_at_gates()
         finally:
             os._exit(0)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    """What poll(2) takes for a time, None for ever."""
+    return None if seconds is None else 1000 * seconds
 
 
 def descendants() -> set[int]:

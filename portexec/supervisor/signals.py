@@ -7,10 +7,8 @@ Ctrl-Z, a new window size) it sends to the whole process group, the command incl
 from __future__ import annotations
 
 import _signal
-import ctypes
-import errno
 import os
-import struct
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,11 +34,9 @@ STOP_REQUESTS = frozenset({_signal.SIGTERM, _signal.SIGINT})
 _JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU, _signal.SIGSTOP})
 
 # signalfd_siginfo begins with the number, an errno and the code; it is 128 bytes long.
-_INFO = struct.Struct("=IiiI")
 _INFO_SIZE = 128
 _SENT_BY_KERNEL = 0x80  # SI_KERNEL, sigaction(2)
-_SIGSET_WORDS = 1024 // (8 * ctypes.sizeof(ctypes.c_ulong))
-_CLOEXEC_NONBLOCK = os.O_CLOEXEC | os.O_NONBLOCK
+_SIGSET_BITS = 1024  # sigset_t of every C library here
 
 
 class Received:
@@ -63,9 +59,12 @@ class Inbox:
         numbers = {*FORWARDED, _signal.SIGCHLD}
         self.mask_before = _signal.pthread_sigmask(_signal.SIG_BLOCK, numbers)
         self.child_handler_before = _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
-        self._fd = _signalfd(numbers)
+        self._numbers = numbers
+        self._fd = -1
 
     def fileno(self) -> int:
+        if self._fd < 0:
+            self._fd = _signalfd(self._numbers)
         return self._fd
 
     def read(self) -> Iterable[Received]:
@@ -73,11 +72,12 @@ class Inbox:
         received: list[Received] = []
         while True:
             try:
-                data = os.read(self._fd, 16 * _INFO_SIZE)
+                data = os.read(self.fileno(), 16 * _INFO_SIZE)
             except BlockingIOError:
                 return received
             for at in range(0, len(data), _INFO_SIZE):
-                number, _, code, _ = _INFO.unpack_from(data, at)
+                number = int.from_bytes(data[at : at + 4], sys.byteorder)
+                code = int.from_bytes(data[at + 8 : at + 12], sys.byteorder, signed=True)
                 received.append(Received(number, code == _SENT_BY_KERNEL))
 
     def restore(self) -> None:
@@ -89,7 +89,8 @@ class Inbox:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, self.mask_before)
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 def is_to_be_forwarded(signal: Received) -> bool:
@@ -141,13 +142,16 @@ def _has_terminal() -> bool:
 
 def _signalfd(numbers: Iterable[int]) -> int:
     """signalfd(2), which Python does not offer."""
-    words = [0] * _SIGSET_WORDS
+    import ctypes
+
     width = 8 * ctypes.sizeof(ctypes.c_ulong)
+    words = [0] * (_SIGSET_BITS // width)
     for number in numbers:
         words[(number - 1) // width] |= 1 << (number - 1) % width
     libc = ctypes.CDLL(None, use_errno=True)
-    fd = int(libc.signalfd(ctypes.c_int(-1), (ctypes.c_ulong * _SIGSET_WORDS)(*words), ctypes.c_int(_CLOEXEC_NONBLOCK)))
+    sigset = (ctypes.c_ulong * len(words))(*words)
+    fd = int(libc.signalfd(ctypes.c_int(-1), sigset, ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK)))
     if fd < 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code) if code else errno.errorcode.get(code, ""))
+        raise OSError(code, os.strerror(code))
     return fd
