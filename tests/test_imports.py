@@ -126,7 +126,8 @@ def our_modules_imported_by(path: Path) -> set[str]:
     imported = {name.removeprefix("portexec.") for name in imported_by(path) if name.startswith("portexec.")}
     found = {name for name in imported if name in ours - {"supervisor"}}
     # `from portexec import __version__` names no module, so it is the package's own.
-    return found | ({"__init__"} if "__version__" in imported else set())
+    own = {"__init__": "__version__", "supervisor": "supervisor.start"}
+    return found | {package for package, name in own.items() if name in imported}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
