@@ -84,6 +84,11 @@ def prepare(chosen: options.Options) -> Launch:
     """Bind what was asked for and plan the command's start. Raises PortexecError, with nothing left bound."""
     request = Request(chosen)
     choice = request.choose()
+    if choice.hand_off != handoff.FD and not sockets.LINUX:
+        raise PortexecError(
+            "only Linux has a hand-off for commands that bind the number themselves",
+            "use a server that takes a descriptor, as {fd} in its words",
+        )
     listening = choice.hand_off == handoff.FD
     bound = sockets.bind_all(request.specs, listening=listening, backlog=request.backlog)
     try:

@@ -249,9 +249,12 @@ def _bind_tcp(
     socket = None
     try:
         socket = _inet_socket(family, spec)
+        is_on_all_addresses = family == AF_INET6 and spec.address == "*"
         with Flip(guard, socket):
             socket.bind(address(guard.port))
-        if backlog is not None:
+            if backlog is not None and not is_on_all_addresses:
+                socket.listen(backlog)
+        if backlog is not None and is_on_all_addresses:
             listen_past(guard, socket, lambda: socket.listen(backlog))
     except BaseException:
         if socket is not None:
