@@ -76,6 +76,9 @@ def _rehearse(launch: Launch) -> Supervised | None:
         if not launch.choice.is_final and (danger := privileges.lost_by(launch.plan.file)):
             raise RefusedError(danger)
         return start(launch.plan, launch.bound.guards, launch.remap)
+    except OSError as error:
+        launch.bound.close()
+        raise PortexecError(f"cannot start the command: {reason(error)}") from error
     except RefusedError as refusal:
         if launch.choice.is_final:
             launch.bound.close()

@@ -10,7 +10,8 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache
 from typing import Any
@@ -45,6 +46,7 @@ COVERS = {
 }
 LISTEN = ("127.0.0.1", "[::1]", "0.0.0.0", "[::]", "*")
 USERS = ("same user", "stranger")
+LAUNCHERS = ("itself", "without rights")  # who we are, with all rights of root if we are root, or an ordinary user
 ATTEMPTS = 10_000  # of each thief that does nothing else
 NOT_HERE = ("EADDRNOTAVAIL", "EAFNOSUPPORT")
 
@@ -101,9 +103,9 @@ def attempts(identity: list[str], *words: object) -> Any:
 
 
 @contextmanager
-def thief(identity: list[str], *words: object) -> Iterator[subprocess.Popen[str]]:
+def thief(identity: list[str], *words: object, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """A thief that goes on until its stdin ends."""
-    command = [*child("thief"), *identity, *map(str, words)]
+    command = [*prefix, *child("thief"), *identity, *map(str, words)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield process
@@ -132,12 +134,16 @@ def can_have(hand_off: str) -> bool:
 
 
 @contextmanager
-def starting(hand_off: str, listen: str = "127.0.0.1") -> Iterator[tuple[Running, int]]:
-    """A command that is still starting, and the number it was given."""
+def starting(
+    hand_off: str, listen: str = "127.0.0.1", *, launcher: str = "itself", command: str = ""
+) -> Iterator[tuple[Running, int]]:
+    """A command that is still starting, and the number it was given: late_server, or Python code in its place."""
     if hand_off == "guard" and not can_have(hand_off):
         pytest.skip("this machine cannot have the hand-off guard")
-    words = ["--hand-off", hand_off, "--listen", f"{listen}:0", "--", *child("late_server"), listen]
-    with running(*words, stdin=subprocess.PIPE) as launch:
+    program = [sys.executable, "-c", command] if command else child("late_server")
+    words = ["--hand-off", hand_off, "--listen", f"{listen}:0", "--", *program, listen]
+    prefix = child("without_rights") if launcher == "without rights" else ()
+    with running(*words, prefix=prefix, stdin=subprocess.PIPE) as launch:
         number = int(launch.url().rpartition(":")[2])
         assert read_line(launch.process) == "ready"
         yield launch, number
@@ -221,6 +227,77 @@ def test_a_launch_of_an_unprivileged_user(listen: str, identity: list[str]) -> N
         finally:
             holder.kill()
     assert wrong_outcomes(tried, MAY_TAKE["fd"]) == []
+
+
+@every_user
+@every_listen
+@pytest.mark.parametrize("hand_off", ["fd", "guard"])
+def test_a_launcher_without_rights(hand_off: str, listen: str, identity: list[str]) -> None:
+    """The whole table, before the command serves and after, where the flip cannot hide its sockets' owner."""
+    with starting(hand_off, listen, launcher="without rights") as (launch, number):
+        before = every_attempt(identity, number)
+        pid = serve(launch)
+        after = every_attempt(identity, number)
+        served_by = answer(listen, number)
+    assert wrong_outcomes(before, MAY_TAKE[hand_off]) == []
+    assert wrong_outcomes(after, MAY_TAKE[hand_off]) == []
+    assert served_by == pid
+
+
+# Binds, waits for a line, listens, waits for another one.
+SLOW_TO_LISTEN = """
+import os, socket, sys
+host = sys.argv[1].strip("[]")
+made = socket.socket(socket.AF_INET6 if ":" in host or host == "*" else socket.AF_INET)
+if made.family == socket.AF_INET6:
+    made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "*")
+made.bind(("::" if host == "*" else host, int(os.environ["PORT"])))
+print("ready", flush=True)
+sys.stdin.readline()
+made.listen()
+print("serving", os.getpid(), flush=True)
+while True:
+    connection, _ = made.accept()
+    with connection:
+        connection.sendall(str(os.getpid()).encode())
+"""
+
+
+@every_user
+@every_listen
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_between_bind_and_listen(launcher: str, listen: str, user: str, identity: list[str]) -> None:
+    """A command may take its time from one to the other. There is one binder who can come in between, and it is documented:
+    no scrub can undo what the kernel caches of a socket on all addresses, and only root can hide it.
+    """
+    is_open = listen == "*" and user == "same user" and (launcher == "without rights" or os.geteuid() != 0)
+
+    def is_documented(attempt: Attempt) -> bool:
+        return is_open and attempt["reuse_port"] and attempt["got"]
+
+    with starting("guard", listen, launcher=launcher, command=SLOW_TO_LISTEN) as (launch, number):
+        tried = every_attempt(identity, number)
+        pid = serve(launch)
+        after = every_attempt(identity, number)
+        served_by = answer(listen, number)
+    assert [one for one in wrong_outcomes(tried, MAY_TAKE["guard"]) if not is_documented(one)] == []
+    assert wrong_outcomes(after, MAY_TAKE["guard"]) == []
+    assert served_by == pid
+
+
+@needs_ipv6
+def test_the_guest_between_bind_and_listen_is_named() -> None:
+    """Never two servers on one number in silence: the command's listen fails, and portexec says who is in the way."""
+    with starting("guard", "*", launcher="without rights", command=SLOW_TO_LISTEN) as (launch, number):
+        # As little privileged as its victim, which otherwise could not look into its descriptors.
+        with thief([], "keep", number, "127.0.0.1", "p", prefix=child("without_rights")) as guest:
+            if not json.loads(read_line(guest))["got"]:
+                pytest.skip("this kernel does not let the documented guest in")
+            tell(launch.process, "serve")
+            said = launch.line("is shared by another listener: pid ")
+            launch.line("Address already in use")
+            assert f"pid {guest.pid}," in said.string
+        assert launch.process.wait(DEADLINE) != 0
 
 
 @every_user
@@ -311,6 +388,51 @@ def flip_once(guard: sockets.Guard) -> None:
             with sockets.Flip(guard, listener):
                 listener.bind((host, guard.port))
             sockets.listen_past(guard, listener, listener.listen)
+
+
+# A server after the other on each address of its words, every second round with SO_REUSEADDR, until it is told to stop.
+SERVE_AND_CLOSE = """
+import json, os, select, socket, sys
+port, addresses, failed, turn = int(os.environ["PORT"]), sys.argv[1].split(","), [], 0
+print("ready", flush=True)
+while turn < 300 or not select.select([0], [], [], 0)[0]:
+    host, turn = addresses[turn % len(addresses)], turn + 1
+    with socket.socket(socket.AF_INET6 if ":" in host or host == "*" else socket.AF_INET) as made:
+        if made.family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "*")
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, turn // len(addresses) % 2)
+        try:
+            made.bind(("::" if host == "*" else host, port))
+            made.listen()
+        except OSError as error:
+            failed.append([host, turn, str(error)])
+print(json.dumps(failed), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "user", "options"),
+    [
+        ("itself", "stranger", "-,a,p,ap"),
+        ("itself", "same user", SAME_USER_OPTIONS),
+        ("without rights", "stranger", "-,a,p,ap"),
+        ("without rights", "same user", "-,a"),
+    ],
+)
+def test_thieves_never_get_between_admitted_binds(launcher: str, options: str, identity: list[str]) -> None:
+    """While servers come and go under the guard; scripts/bench_theft.py does it longer, and beside other ways."""
+    addresses = ",".join(["127.0.0.1", "0.0.0.0"] + ["::1", "::", "*"] * HAS_IPV6)
+    command = SERVE_AND_CLOSE.replace("sys.argv[1]", repr(addresses))
+    with ExitStack() as stack:
+        launch, number = stack.enter_context(starting("guard", launcher=launcher, command=command))
+        thieves = [stack.enter_context(thief(identity, "hammer", number, ATTEMPTS, options)) for _ in range(2)]
+        assert [read_line(one) for one in thieves] == ["ready"] * 2
+        loot = [json.loads(read_line(one)) for one in thieves]
+        tell(launch.process, "stop")
+        failed = json.loads(read_line(launch.process))
+    assert [one["got"] for one in loot] == [[], []]
+    assert failed == []
+    assert [line for line in launch.lines if "another listener" in line] == []
 
 
 def test_a_hundred_launches_among_spinning_thieves(stranger: list[str]) -> None:

@@ -32,7 +32,7 @@ class Diagnosis(Observer):
             self._say(("listening", port, host), f"portexec: the command listens on {shown}:{port}\n")
 
     def elsewhere(self, port: int) -> None:
-        if self._elsewhere is None:
+        if self._elsewhere is None and not self.quiet:
             self._elsewhere = (port, time.monotonic() + _PATIENCE)
 
     def in_the_way(self, port: int, owner: str) -> None:
@@ -48,7 +48,7 @@ class Diagnosis(Observer):
 
     def lose_patience(self) -> None:
         """Say that the command listens on another number than the one it was given."""
-        if self._elsewhere is None or self.bound or self.quiet:
+        if self._elsewhere is None or self.bound:
             return
         other, _ = self._elsewhere
         self._elsewhere = None

@@ -56,7 +56,10 @@ class Supervised:
 
     def go(self) -> None:
         """Let the child execute the command. What comes of it, `require_started` finds out."""
-        self._child.control.send(messages.GO)
+        try:
+            self._child.control.send(messages.GO)
+        except BrokenPipeError:
+            pass  # somebody killed it: its status tells
 
     def require_started(self) -> None:
         """Wait until the command runs. Raises PortexecError if it cannot be executed."""
