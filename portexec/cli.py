@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from portexec.supervisor.run import Supervised
 
 _STDOUT = 1
+_KILL_AFTER = "5s"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def _run(chosen: options.Options) -> int:
         return _print(check.report_json() if chosen.json else check.report_text())
     if not chosen.command:
         raise PortexecError("no command to run", f"it comes last: {options.USAGE}")
-    kill_after = options.duration(chosen.kill_after, "--kill-after")
+    kill_after = options.duration(chosen.kill_after or _KILL_AFTER, "--kill-after")
     launch = prepare(chosen)
     if chosen.dry_run:
         return _show_plan(launch, as_json=chosen.json)
@@ -75,7 +76,10 @@ def _rehearse(launch: Launch) -> Supervised | None:
     try:
         if not launch.choice.is_final and (danger := privileges.lost_by(launch.plan.file)):
             raise RefusedError(danger)
-        return start(launch.plan, launch.bound.guards, launch.remap)
+        supervised = start(launch.plan, launch.bound.guards, launch.remap)
+        if supervised.admission.was_gated:
+            launch.choice.why += "; gated, since pidfd_getfd(2) is denied"
+        return supervised
     except OSError as error:
         launch.bound.close()
         raise PortexecError(f"cannot start the command: {reason(error)}") from error
@@ -97,7 +101,7 @@ def _supervise(supervised: Supervised, chosen: options.Options, launch: Launch, 
     from portexec.supervisor.diagnosis import Diagnosis  # beside the command, which is on its way
 
     diagnosis = Diagnosis(launch.bound.guards, quiet=chosen.quiet, verbose=chosen.verbose)
-    return run.end_as(run.Supervisor(supervised, diagnosis, kill_after).run())
+    return run.end_as(run.Supervisor(supervised, diagnosis, kill_after, is_killed=chosen.kill_after is not None).run())
 
 
 def _show_plan(launch: Launch, *, as_json: bool) -> int:

@@ -47,7 +47,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
             Option("-H", "--hand-off", "|".join(handoff.HAND_OFFS), "how the command gets the port; default auto"),
             Option("", "--remap", "PORT[=NAME]", "a bind to this fixed port gets the listener's instead", repeatable=True),
             Option("", "--first-fd", "N", "the first descriptor; default 3, 0 is standard input"),
-            Option("", "--no-pid", "", "leave LISTEN_PID out, for commands behind npm, make, uv run"),
+            Option("", "--no-pid", "", "leave LISTEN_PID out, for readers behind make or uv run"),
         ),
     ),
     (
@@ -69,7 +69,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     ),
     (
         "Lifetime",
-        (Option("-k", "--kill-after", "DURATION", "the time between TERM and KILL; default 5s"),),
+        (Option("-k", "--kill-after", "DURATION", "TERM to KILL for what is left behind; default 5s"),),
     ),
     (
         "Other",
@@ -126,7 +126,7 @@ class Options:
         self.json = False
         self.quiet = False
         self.verbose = False
-        self.kill_after: str = "5s"
+        self.kill_after: str | None = None
         self.dry_run = False
         self.check = False
         self.help = False

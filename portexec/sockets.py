@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LINUX = sys.platform == "linux"
 
 IPPROTO_MPTCP = 262
-_IP_FREEBIND = 15  # ip(7); the scrub works where the loopback interface is down, too
+IP_FREEBIND = 15  # ip(7); the scrub works where the loopback interface is down, too
 _FIRST_FREE_FD = 3  # a closed standard stream stays closed: no socket of ours becomes descriptor 0, 1 or 2
 _CLIENT_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}
 _NUMBER_TAKEN = (errno.EADDRINUSE, errno.EACCES)
@@ -324,20 +324,22 @@ class Guard:
             socket.close()
         self.sockets = []
 
-    def renew(self, listener: _socket.socket) -> None:
-        """Guard the number again beside a listener that has it on all addresses by itself. Raises OSError.
+    def renew(self, listener: _socket.socket, unbound: Iterable[_socket.socket]) -> None:
+        """Guard the number again beside a listener that has it on all addresses by itself.
 
-        One socket for each family: after the flip of one for both, the cache would hold an address that equals every other.
+        One of the `unbound` sockets for each family: after the flip of one for both, the cache would hold an address that
+        equals every other.
         """
-        for family, address in ((AF_INET, "0.0.0.0"), (AF_INET6, "::")):
-            socket = _new_socket(family)
-            if family == AF_INET6:
-                socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+        for socket in unbound:
             beside = Guard.__new__(Guard)
             beside.port, beside.sockets = self.port, [listener, *self.sockets]
-            with Flip(beside, socket):
-                socket.bind((address, self.port))
-            self.sockets.append(socket)
+            try:
+                with Flip(beside, socket):
+                    socket.bind(("0.0.0.0" if socket.family == AF_INET else "::", self.port))
+            except OSError:
+                socket.close()  # somebody got in beside the listener, which admission notices
+            else:
+                self.sockets.append(socket)
 
 
 def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]) -> None:
@@ -350,7 +352,7 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
     """
     mutex = _new_socket(AF_INET)
     try:
-        mutex.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        mutex.setsockopt(_socket.IPPROTO_IP, IP_FREEBIND, 1)
         mutex.bind(("127.255.255.253", address[1]))
         mutex.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
@@ -364,23 +366,25 @@ class Flip:
     """The time in which `socket` may be bound, or may listen, beside the guard; see the module's text.
 
     What takes time is done before the guard opens, and the scrub while it is still open. Root can do better than share with
-    its own user: for this time the sockets belong to a user that nobody is and that nobody can guess (fchown(2) on a socket
-    changes the user whom the kernel compares). Not so for a socket that shares by itself, with its user's other ones, nor for
-    MPTCP, where the kernel compares the user of an inner socket.
+    one user: for this time the sockets belong to a user that nobody is and that nobody can guess (fchown(2) on a socket
+    changes the user whom the kernel compares). A socket that shares by itself, with its user's other ones, keeps its owner,
+    and so does one of MPTCP, where the kernel compares the user of an inner socket; then the guard becomes that user's.
     """
 
-    __slots__ = ("guard", "is_hidden", "owner", "scrub", "scrub_address", "socket", "was_shared")
+    __slots__ = ("disguise", "guard", "owners", "scrub", "scrub_address", "socket", "was_shared")
 
     def __init__(self, guard: Guard, socket: _socket.socket) -> None:
         self.guard = guard
         self.socket = socket
         self.was_shared = socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)
-        self.owner = os.fstat(socket.fileno()).st_uid
-        self.is_hidden = os.geteuid() == 0 and not self.was_shared and not any(map(_is_mptcp, (socket, *guard.sockets)))
+        self.owners: list[tuple[_socket.socket, int]] = []
+        self.disguise = 1 << 31 | int.from_bytes(os.urandom(4), "big") >> 2
+        if self.was_shared or any(map(_is_mptcp, (socket, *guard.sockets))):
+            self.disguise = _owner_of(socket)
 
     def __enter__(self) -> None:
         self.scrub, self.scrub_address = _make_scrub(self.socket.family)
-        if self.is_hidden:
+        if os.geteuid() == 0:
             self._hide()
         self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
         self.guard.set(SO_REUSEPORT, 1)
@@ -392,26 +396,41 @@ class Flip:
             pass  # the worst that remains is what the kernel cached: our own user, this very address
         self.guard.set(SO_REUSEPORT, 0)
         self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self.was_shared)
+        self._show()
         self.scrub.close()
-        if self.is_hidden:
-            self._show()
 
     def _hide(self) -> None:
-        nobody = 1 << 31 | int.from_bytes(os.urandom(4), "big") >> 2
         try:
             for socket in (self.scrub, self.socket, *self.guard.sockets):
-                os.fchown(socket.fileno(), nobody, -1)
+                owner = _owner_of(socket)
+                if owner != self.disguise:
+                    os.fchown(socket.fileno(), self.disguise, -1)
+                    self.owners.append((socket, owner))
         except OSError:  # in a container without CAP_CHOWN, or without that user
-            self.is_hidden = False
             self._show()
 
     def _show(self) -> None:
-        try:
-            for socket in self.guard.sockets:
-                os.fchown(socket.fileno(), os.geteuid(), -1)
-            os.fchown(self.socket.fileno(), self.owner, -1)
-        except OSError:
-            pass  # then none was changed
+        for socket, owner in self.owners:
+            os.fchown(socket.fileno(), owner, -1)
+        self.owners.clear()
+
+
+def _owner_of(socket: _socket.socket) -> int:
+    return os.fstat(socket.fileno()).st_uid
+
+
+def can_flip(guard: Guard, socket: _socket.socket) -> bool:
+    """Whether the kernel can be made to see guard and socket as one user's: they are, or we may change the guard's owner."""
+    ours, owner = os.geteuid(), _owner_of(socket)
+    if owner == ours:
+        return True
+    try:
+        for each in guard.sockets:
+            os.fchown(each.fileno(), owner, -1)
+            os.fchown(each.fileno(), ours, -1)
+    except OSError:
+        return False
+    return True
 
 
 def _make_scrub(family: int) -> tuple[_socket.socket, str]:
@@ -425,7 +444,7 @@ def _make_scrub(family: int) -> tuple[_socket.socket, str]:
         if error.errno != errno.EAFNOSUPPORT:
             raise
         scrub = _new_socket(AF_INET)
-    scrub.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
+    scrub.setsockopt(_socket.IPPROTO_IP, IP_FREEBIND, 1)
     scrub.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
     if scrub.family == AF_INET6:
         scrub.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
@@ -443,6 +462,8 @@ def listen_past(guard: Guard, socket: _socket.socket, listen: Callable[[], None]
     if not _is_on_all_addresses(socket) or socket.getsockopt(SOL_SOCKET, SO_REUSEPORT):
         with Flip(guard, socket):
             return listen()
+    four, six = _new_socket(AF_INET), _new_socket(AF_INET6)
+    six.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
     reuses_address = socket.getsockopt(SOL_SOCKET, SO_REUSEADDR)
     socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
     guard.close()
@@ -452,7 +473,7 @@ def listen_past(guard: Guard, socket: _socket.socket, listen: Callable[[], None]
         if error.errno != errno.EADDRINUSE or not reuses_address:
             raise
     finally:
-        guard.renew(socket)
+        guard.renew(socket, (four, six))
         socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuses_address)
     with Flip(guard, socket):
         return listen()

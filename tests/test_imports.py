@@ -71,7 +71,7 @@ ALLOWED = {
     "supervisor.seccomp": set(),
     "supervisor.signals": set(),
     "supervisor.admission": {"sockets", "supervisor.seccomp", "tcp_table"},
-    "supervisor.child": {"errors", "execute", "handoff", "supervisor.seccomp", "supervisor.signals"},
+    "supervisor.child": {"errors", "execute", "handoff", "sockets", "supervisor.seccomp", "supervisor.signals"},
     "supervisor.diagnosis": {"publish", "supervisor.admission"},
     "supervisor.spawn": {"execute", "handoff", "supervisor.child", "supervisor.seccomp", "supervisor.signals"},
     "supervisor.run": {

@@ -151,6 +151,19 @@ def test_ctrl_c_kills_a_plain_command_and_the_shell_can_tell() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGINT
 
 
+def test_a_ctrl_c_that_the_command_has_a_use_for_stops_no_tree() -> None:
+    script = "trap 'echo caught' INT; echo ready; read x; setsid sleep 100 >/dev/null 2>&1 </dev/null & echo left $!. ; exit 0"
+    with on_a_terminal(*PORTEXEC, *GUARD, "sh", "-c", script) as (pid, terminal):
+        read_until(terminal, "ready")
+        os.write(terminal, b"\x03")
+        left = int(read_until(terminal, "left", ".").removeprefix("left ").partition(".")[0])
+        try:
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            assert not is_gone(left)
+        finally:
+            os.kill(left, signal.SIGKILL)
+
+
 def test_told_to_stop_it_stops_the_whole_tree() -> None:
     with running(*GUARD, *child("tree"), "plain") as started:
         assert started.process.stdout is not None

@@ -19,7 +19,7 @@ import sys
 import time
 
 from portexec import tcp_table
-from portexec.sockets import IPPROTO_MPTCP, Flip, Guard, listen_past
+from portexec.sockets import IPPROTO_MPTCP, Flip, Guard, can_flip, listen_past
 from portexec.supervisor import seccomp
 
 TYPE_CHECKING = False
@@ -67,6 +67,8 @@ class Admission:
         self._sharing: dict[int, str] = {}  # those among them that have SO_REUSEPORT by themselves, and their addresses
         self._gates: dict[int, tuple[float, set[int]]] = {}  # when each closes, and the listeners from before
         self._unheard: set[tuple[int, bytes]] = set()  # binds that were made, but whose caller a signal had taken away
+        # Before Linux 5.19 a signal can take it away after the answer, too, and the call comes again.
+        self._is_heard_for_good = seccomp.has_flags(seccomp.FLAG_NEW_LISTENER | seccomp.FLAG_WAIT_KILLABLE_RECV)
 
     def patience(self) -> float | None:
         """Seconds until `look_at_gates` is due, None for never."""
@@ -98,7 +100,7 @@ class Admission:
         except Exception:
             code, made = CONTINUE, None
         heard = seccomp.answer(self.notify_fd, notification.id, code)
-        if made is not None and not heard:
+        if made is not None and not (heard and self._is_heard_for_good):
             self._unheard.add(made)
 
     def _decide(self, notification: seccomp.Notification) -> tuple[int | None, tuple[int, bytes] | None]:
@@ -145,7 +147,7 @@ class Admission:
             return 0, made
         if _port_of(socket):
             return CONTINUE, None  # a second bind: the kernel's to refuse
-        if not _may_share(socket):
+        if not can_flip(guard, socket):
             return self._open_gates([port]), None
         code = self._bind_past(guard, socket, address)
         return code, made if code == 0 else None
@@ -176,12 +178,12 @@ class Admission:
         if not _is_tcp(socket) or socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN):
             return CONTINUE
         port = _port_of(socket)
-        if port and port not in self.guards:
+        if port and port not in self.guards and _same_network(socket, next(iter(self.guards.values()))):
             self.observer.elsewhere(port)
         guard = self._guard_for(notification, socket, port)
         if guard is None:
             return CONTINUE
-        return self._listen_past(guard, socket, backlog) if _may_share(socket) else self._open_gates([port])
+        return self._listen_past(guard, socket, backlog) if can_flip(guard, socket) else self._open_gates([port])
 
     def _listen_past(self, guard: Guard, socket: _socket.socket, backlog: int) -> int:
         try:
@@ -320,11 +322,6 @@ def _same_network(socket: _socket.socket, guard: Guard) -> bool:
     except OSError:
         return True  # before Linux 5.14; a bind in another namespace then fails with EADDRINUSE at the worst
     return len(set(cookies)) == 1
-
-
-def _may_share(socket: _socket.socket) -> bool:
-    """Whether the flip can work: the kernel shares SO_REUSEPORT within one user, and only root can change a socket's."""
-    return os.geteuid() in (0, os.fstat(socket.fileno()).st_uid)
 
 
 def _port_of(socket: _socket.socket) -> int:

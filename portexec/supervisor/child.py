@@ -15,6 +15,7 @@ import sys
 from portexec import execute
 from portexec.errors import PortexecError, reason
 from portexec.handoff import Plan
+from portexec.sockets import IP_FREEBIND
 from portexec.supervisor import seccomp
 from portexec.supervisor.signals import Inbox
 
@@ -32,7 +33,6 @@ FAILED = b"f"  # child: status, message and hint; the command cannot be executed
 
 SEPARATOR = "\0"
 
-_IP_FREEBIND = 15
 _STATUS_GONE = 125
 
 
@@ -71,7 +71,7 @@ def _rehearse(control: _socket.socket, port: int) -> None:
     """
     socket = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
     try:
-        socket.setsockopt(_socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        socket.setsockopt(_socket.IPPROTO_IP, IP_FREEBIND, 1)
         socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         address = ("127.{}.{}.{}".format(*os.urandom(3)), port)
         socket.bind(address)

@@ -60,6 +60,8 @@ class Diagnosis(Observer):
 
     def ended(self, status: int) -> None:
         """Say that a command which failed never took the number it was given."""
+        if status:
+            self.lose_patience()
         if status and not self.bound and not self.quiet and "elsewhere" not in self._said:
             self._say(
                 "never",

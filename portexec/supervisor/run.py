@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from portexec.supervisor.diagnosis import Diagnosis
 
 _MAX_MESSAGE = 1 << 16
+_STDERR = 2
 _TREE_POLL = 0.05  # seconds between two looks at a tree that is being stopped; its deaths wake us earlier
 
 
@@ -49,6 +50,10 @@ class Supervised:
     def has_filtered_tasks(self) -> bool:
         """Whether anything below the filter still runs."""
         return not any(event & select.POLLHUP for _, event in self.notifications.poll(0))
+
+    def descriptors(self) -> set[int]:
+        """All that the parent needs from now on."""
+        return {*self.admission.descriptors(), self.inbox.fileno()}
 
     def serve(self) -> None:
         """Answer all calls that wait."""
@@ -128,15 +133,21 @@ def _why_refused(code: int, why: str) -> str:
 
 
 class Supervisor:
-    """Looks after a command that was told to go, to its end."""
+    """Looks after a command that was told to go, to its end.
 
-    def __init__(self, supervised: Supervised, diagnosis: Diagnosis, kill_after: float) -> None:
+    `kill_after` is the time in seconds from TERM to KILL for what the command leaves running. `is_killed`: the command itself
+    gets KILL as well, that long after it was told to stop; otherwise it has all the time it takes.
+    """
+
+    def __init__(self, supervised: Supervised, diagnosis: Diagnosis, kill_after: float, *, is_killed: bool) -> None:
         self.supervised = supervised
         self.diagnosis = diagnosis
         self.kill_after = kill_after
-        self.told_to_stop = False
-        self.stop_requests = 0
-        self.wait_status: int | None = None
+        self.is_killed = is_killed
+        self.stop_requests: list[float] = []  # when they came
+        self.was_interrupted = False  # by Ctrl-C, which the command may have a use for
+        self.has_ended = False
+        self.wait_status = 0  # of waitpid(2), once it has ended
         supervised.admission.observer = diagnosis
         self._poll = select.poll()
         self._poll.register(supervised.inbox, select.POLLIN)
@@ -145,15 +156,26 @@ class Supervisor:
     def run(self) -> int:
         """Wait for the command's end and return its wait status. Raises PortexecError if it could not be executed."""
         self.supervised.require_started()
-        while self.wait_status is None:
-            self._wait()
-        if self.told_to_stop:
+        _keep_only({*self.supervised.descriptors(), _STDERR})
+        while not self.has_ended and not self._is_overdue():
+            self._wait(self.kill_after if self.is_killed and self.stop_requests else None)
+        if self.stop_requests or self._died_of_ctrl_c():
             self._stop_tree()
         elif os.WIFEXITED(self.wait_status):
             self.diagnosis.ended(os.WEXITSTATUS(self.wait_status))
-        if not self.told_to_stop and self.supervised.has_filtered_tasks():
+        if not self.stop_requests and self.supervised.has_filtered_tasks():
             self._leave_an_answerer()
         return self.wait_status
+
+    def _is_overdue(self) -> bool:
+        return self.is_killed and bool(self.stop_requests) and time.monotonic() > self.stop_requests[0] + self.kill_after
+
+    def _died_of_ctrl_c(self) -> bool:
+        died = self.has_ended and (
+            (os.WIFSIGNALED(self.wait_status) and os.WTERMSIG(self.wait_status) == _signal.SIGINT)
+            or (os.WIFEXITED(self.wait_status) and os.WEXITSTATUS(self.wait_status) == 128 + _signal.SIGINT)
+        )
+        return self.was_interrupted and died
 
     def _wait(self, longest: float | None = None) -> None:
         """Wait for whatever comes first, and deal with it."""
@@ -175,10 +197,11 @@ class Supervisor:
         if signal.number == _signal.SIGCHLD:
             self._reap()
             return
-        if signal.number in signals.STOP_REQUESTS:
-            self.told_to_stop = True
-            self.stop_requests += 1
-        if self.wait_status is None and signals.is_to_be_forwarded(signal):
+        if signal.number == _signal.SIGINT and signal.from_terminal and not self.has_ended:
+            self.was_interrupted = True
+        elif signal.number in signals.STOP_REQUESTS:
+            self.stop_requests.append(time.monotonic())
+        if not self.has_ended and signals.is_to_be_forwarded(signal):
             signals.send(self.supervised.pid, signal.number)
 
     def _reap(self) -> None:
@@ -193,15 +216,15 @@ class Supervisor:
             if pid == self.supervised.pid and os.WIFSTOPPED(status):
                 signals.stop_with(os.WSTOPSIG(status))
             elif pid == self.supervised.pid:
-                self.wait_status = status
+                self.has_ended, self.wait_status = True, status
 
     def _stop_tree(self) -> None:
-        """TERM to all that the command left running, KILL to what is left after the given time or a second request."""
-        requests = self.stop_requests
-        deadline = time.monotonic() + self.kill_after
+        """TERM to all that is left running, KILL to what is left after the given time or a second request."""
+        requests = len(self.stop_requests)
+        deadline = (self.stop_requests[0] if self._is_overdue() else time.monotonic()) + self.kill_after
         told: set[int] = set()
-        while tree := descendants():
-            is_over = time.monotonic() > deadline or self.stop_requests > requests
+        while (tree := descendants()) or not self.has_ended:
+            is_over = time.monotonic() > deadline or len(self.stop_requests) > requests
             for pid in tree if is_over else tree - told:
                 signals.send(pid, _signal.SIGKILL if is_over else _signal.SIGTERM)
             told |= tree
@@ -212,21 +235,16 @@ class Supervisor:
 
         Without it their binds would fail with ENOSYS. It keeps the guard, and nothing else of ours or of the user's.
         """
-        if os.fork():
+        try:
+            if os.fork():
+                return
+        except OSError:
             return
         try:
             os.setsid()
-            null = os.open(os.devnull, os.O_RDWR)
-            keep = self.supervised.admission.descriptors()
-            for fd in {int(name) for name in os.listdir("/proc/self/fd")} - keep - {null}:
-                try:
-                    os.close(fd)
-                except OSError:
-                    pass  # the listing's own descriptor
-            for stream in range(3):
-                os.dup2(null, stream)
-            os.chdir("/")
             admission = self.supervised.admission
+            _keep_only(admission.descriptors())
+            os.chdir("/")
             admission.forget_observer()
             while self.supervised.has_filtered_tasks():
                 self.supervised.notifications.poll(_milliseconds(admission.patience()))
@@ -234,6 +252,26 @@ class Supervisor:
                 admission.look_at_gates()
         finally:
             os._exit(0)
+
+
+def _keep_only(keep: set[int]) -> None:
+    """Close all other descriptors: whoever waits for the end of a pipe of the command's is not to wait for us.
+
+    The standard streams become /dev/null rather than free numbers.
+    """
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} | {0, 1, _STDERR}:
+        if fd in keep or fd == null:
+            continue
+        if fd <= _STDERR:
+            os.dup2(null, fd, inheritable=False)
+        else:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the listing's own descriptor
+    if null > _STDERR:
+        os.close(null)
 
 
 def _milliseconds(seconds: float | None) -> float | None:
@@ -248,10 +286,11 @@ def descendants() -> set[int]:
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
-                    state, parent = file.read().rpartition(b")")[2].split()[:2]
+                    fields = file.read().rpartition(b")")[2].split()
+                state, parent, threads = fields[0], fields[1], fields[17]
             except OSError:
                 continue
-            if state != b"Z":
+            if state != b"Z" or int(threads) > 1:  # a main thread that has ended is a zombie while others go on
                 children.setdefault(int(parent), []).append(int(name))
     found: set[int] = set()
     level = [os.getpid()]

@@ -31,7 +31,7 @@ FORWARDED = frozenset(
     }
 )
 STOP_REQUESTS = frozenset({_signal.SIGTERM, _signal.SIGINT})
-_JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU, _signal.SIGSTOP})
+_JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU})
 
 # signalfd_siginfo begins with the number, an errno and the code; it is 128 bytes long.
 _INFO_SIZE = 128
@@ -126,9 +126,11 @@ def die_by(number: int) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    if number not in (_signal.SIGKILL, _signal.SIGSTOP):
+    try:
         _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [number])
+    except (OSError, ValueError):
+        pass  # KILL, and those that the C library keeps for itself
     os.kill(os.getpid(), number)
 
 

@@ -34,11 +34,15 @@ class Child:
 
 def spawn(plan: Plan, rehearsal_port: int) -> Child:
     """Fork the child that will become the command. Raises OSError when resources run out."""
-    inbox = signals.Inbox()
     lowest = plan.first_fd + len(plan.passed)
     control, childs_control = (_move_up(end, lowest) for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET))
+    inbox = signals.Inbox()
     parent = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        inbox.restore()
+        raise
     if pid == 0:
         control.close()
         child.main(childs_control, plan, rehearsal_port, parent, inbox)

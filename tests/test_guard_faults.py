@@ -1,0 +1,708 @@
+"""The hand-off `guard` where it is refused, where only its gated form is left, and where things go wrong under way.
+
+What other kernels and containers refuse, a real seccomp filter refuses here (children/refuse.py). Not cases here, since they
+cannot be made without another kernel: Yama 2 and 3, and a kernel before 6.9 that has no pidfds of threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import (
+    CHILDREN,
+    DEADLINE,
+    PORTEXEC,
+    ROOT,
+    STRANGER,
+    Running,
+    child,
+    descriptors_of,
+    get,
+    kill_group,
+    run,
+    running,
+    status_of,
+    wait_for,
+)
+
+GUARD = ("-q", "-H", "guard", "--")
+FAULTS = child("faults")
+PLAIN = [*child("binder"), "plain"]
+PLAIN_IS_WELL = ["ok", "ok", True, "ok"]
+
+FLAG_WAIT_KILLABLE_RECV = 1 << 5
+NO_SECCOMP = {name: [["seccomp", getattr(errno, name)]] for name in ("EINVAL", "EPERM", "ENOSYS")}
+DOCKER = [["pidfd_getfd", errno.EPERM]]  # Docker's default profile, as far as it concerns us
+NO_SOCK_DIAG = [["socket", errno.EAFNOSUPPORT, 0, 16]]
+BEFORE_5_19 = [["seccomp", errno.EINVAL, 1, FLAG_WAIT_KILLABLE_RECV]]
+
+# How the text for each refusal begins.
+WORDS = {
+    "EBUSY": "another supervisor has the notifications already",
+    "EINVAL": "this kernel, or the sandbox around it, has no seccomp notifications",
+    "EPERM": "seccomp is denied here",
+    "ENOSYS": "this kernel has no seccomp",
+}
+OUTER = [*PORTEXEC, *GUARD]
+
+
+def refusing(*rules: list[object]) -> list[str]:
+    """The words that put a filter with these rules around a command."""
+    return [*child("refuse"), json.dumps(rules)]
+
+
+def around(name: str) -> list[str]:
+    """The words that make seccomp(2) fail with this errno for whatever follows them."""
+    return OUTER if name == "EBUSY" else refusing(*NO_SECCOMP[name])
+
+
+def run_in(prefix: list[str], *words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run portexec with these words in such surroundings to its end, which is that of everything below it as well."""
+    return subprocess.run(
+        [*prefix, *PORTEXEC, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def out(started: Running) -> str:
+    """The next line of the command's standard output."""
+    assert started.process.stdout is not None
+    return started.process.stdout.readline().rstrip("\n")
+
+
+def asked(started: Running) -> str:
+    """Give the command an empty line and read the one that it answers."""
+    assert started.process.stdin is not None
+    print(file=started.process.stdin, flush=True)
+    return out(started)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return status_of(pid)["State"].startswith(("Z", "X"))
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def answer(port: int, host: str = "127.0.0.1") -> str:
+    with socket.create_connection((host, port), DEADLINE) as client:
+        return client.recv(100).decode()
+
+
+def steal(host: str, port: int, *options: int) -> str:
+    """Name the number explicitly, as a thief would: the error's name, or `stolen`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as thief:
+        for option in options:
+            thief.setsockopt(socket.SOL_SOCKET, option, 1)
+        try:
+            thief.bind((host, port))
+            thief.listen()
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+    return "stolen"
+
+
+THEFTS = [
+    (host, *options)
+    for host in ("127.0.0.1", "127.0.0.9", "0.0.0.0", "::1", "::")
+    for options in ((), (socket.SO_REUSEADDR,), (socket.SO_REUSEPORT,), (socket.SO_REUSEADDR, socket.SO_REUSEPORT))
+]
+
+
+# The gated form
+
+
+@pytest.mark.parametrize("more", [[], NO_SOCK_DIAG], ids=["sock_diag", "proc"])
+def test_gated_where_a_container_denies_duplicates(more: list[list[object]]) -> None:
+    with running("-v", "-H", "guard", "--", *FAULTS, "serve", "127.0.0.1", "0", prefix=refusing(*DOCKER, *more)) as started:
+        port = int(out(started).split()[1])
+        started.line(r"the command listens on an address that could not be seen:\d+$")  # now the gate is closed
+        assert answer(port) == str(port)
+        assert {theft: steal(theft[0], port, *theft[1:]) for theft in THEFTS} == dict.fromkeys(THEFTS, "EADDRINUSE")
+
+
+def test_the_gate_is_for_whoever_sets_reuseaddr() -> None:
+    done = run_in(refusing(*DOCKER), *GUARD, *PLAIN)
+    assert json.loads(done.stdout)[:2] == ["EADDRINUSE", "ok"]
+
+
+def test_a_gate_without_a_listener_closes_by_itself() -> None:
+    """The command binds and never listens: after a while the number is the guard's alone again."""
+    script = (
+        "import os, socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        "s.bind(('127.0.0.1', int(os.environ['PORT']))); print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    with running(*GUARD, sys.executable, "-c", script, prefix=refusing(*DOCKER), stdin=subprocess.PIPE) as started:
+        port = int(out(started))
+        assert wait_for(lambda: steal("127.0.0.9", port, socket.SO_REUSEADDR) == "EADDRINUSE")
+
+
+def test_gated_says_so() -> None:
+    done = run_in(refusing(*DOCKER), "-v", "-H", "guard", "--", "true")
+    assert done.returncode == 0
+    assert "gated" in done.stderr
+
+
+@pytest.mark.parametrize("hand_off", ["auto", "guard"])
+def test_gated_cannot_remap(hand_off: str) -> None:
+    done = run_in(refusing(*DOCKER), "-H", hand_off, "--remap", "8000", "--", "true")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.startswith("portexec: error: hand-off guard cannot be had here: --remap needs pidfd_getfd(2)")
+
+
+# Refused altogether
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_auto_turns_to_hold(name: str) -> None:
+    done = run_in(around(name), "-v", "--", *child("greeter"), "alone")
+    assert (done.returncode, done.stdout) == (0, "served\n")
+    assert f"portexec: hand-off hold: hand-off guard cannot be had: {WORDS[name]}" in done.stderr
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_guard_by_name_is_an_error(name: str) -> None:
+    done = run_in(around(name), "-H", "guard", "--", "echo", "started")
+    assert (done.returncode, done.stdout) == (125, "")
+    error, hint = done.stderr.splitlines()
+    assert error.startswith(f"portexec: error: hand-off guard cannot be had here: {WORDS[name]}")
+    assert error.endswith(f"({os.strerror(getattr(errno, name))})")
+    assert hint.startswith("portexec: hint: ")
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_refused_attempt_leaves_nothing(name: str) -> None:
+    """The command has the same descriptors, signals and attributes as when `hold` was asked for."""
+    states = [run_in(around(name), "-q", *words, "--", *FAULTS, "state") for words in ((), ("-H", "hold"))]
+    assert [done.returncode for done in states] == [0, 0]
+    assert states[0].stdout == states[1].stdout
+    assert json.loads(states[0].stdout)[0] == 0
+
+
+# --check
+
+
+CHECKS = {
+    "plain": ([], "user notification", "available: ", "guard"),
+    "docker": (refusing(*DOCKER), "user notification", "available, gated: pidfd_getfd(2) is denied", "guard"),
+    "old": (refusing(*BEFORE_5_19), "user notification; not wait-killable", "available: ", "guard"),
+    "EBUSY": (around("EBUSY"), "user notification", f"not available: {WORDS['EBUSY']}", "hold"),
+    "EINVAL": (around("EINVAL"), "no user notification", f"not available: {WORDS['EINVAL']}", "hold"),
+    "EPERM": (around("EPERM"), "refused: Operation not permitted", f"not available: {WORDS['EPERM']}", "hold"),
+    "ENOSYS": (around("ENOSYS"), "refused: Function not implemented", f"not available: {WORDS['ENOSYS']}", "hold"),
+}
+
+
+@pytest.mark.parametrize("where", CHECKS)
+def test_check_tells_what_can_be_had(where: str) -> None:
+    prefix, seccomp, guard, chosen = CHECKS[where]
+    text, data = (run_in(prefix, "--check", *words) for words in ((), ("--json",)))
+    assert (text.returncode, text.stderr, data.returncode, data.stderr) == (0, "", 0, "")
+    found = json.loads(data.stdout)
+    assert found["seccomp"].startswith(seccomp)
+    assert found["hand_off_guard"].startswith(guard)
+    assert found["auto"].endswith(f"else {chosen}")
+    for name, value in found.items():
+        assert re.search(rf"^{name.replace('_', '.')} +{re.escape(value)}$", text.stdout, re.MULTILINE)
+
+
+# Deaths
+
+
+def test_killed_after_the_bind_it_takes_the_command_along() -> None:
+    """The command hears TERM; a bind of its own then fails, since nobody is left to answer, but does not hang."""
+    with running(*GUARD, *FAULTS, "serve", "127.0.0.1", "0") as started:
+        command = int(out(started).split()[2])
+        started.process.kill()
+        assert out(started) == "SIGTERM ENOSYS"
+        assert wait_for(lambda: is_gone(command))
+
+
+def test_killed_before_the_bind_it_takes_the_command_along() -> None:
+    with running(*GUARD, *FAULTS, "wait", stdin=subprocess.PIPE) as started:
+        command = int(out(started).split()[1])
+        started.process.kill()
+        assert out(started) == "SIGTERM ENOSYS"
+        assert wait_for(lambda: is_gone(command))
+
+
+def test_the_command_is_killed_before_its_bind() -> None:
+    with running(*GUARD, *FAULTS, "wait", stdin=subprocess.PIPE) as started:
+        os.kill(int(out(started).split()[1]), signal.SIGKILL)
+        assert started.process.wait(DEADLINE) == -signal.SIGKILL
+        assert started.process.stderr is not None
+        assert started.process.stderr.read() == ""
+
+
+def test_killed_during_the_rehearsal_it_leaves_no_child() -> None:
+    """KILL at any moment of the start: the pipe that everybody holds comes to its end."""
+    for delay in range(20):
+        process = subprocess.Popen([*PORTEXEC, *GUARD, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with process:
+            try:
+                process.wait(0.01 + delay * 0.008)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            assert process.communicate(timeout=DEADLINE)[0] == b""
+
+
+def test_what_fails_in_the_parent_fails_no_other_bind() -> None:
+    """Without a free descriptor the parent cannot find out anything: other binds go on, and ours is refused, not stolen."""
+    script = (
+        "import os, socket, sys\n"
+        "def attempt(port):\n"
+        "    s = socket.socket()\n"
+        "    try: s.bind(('127.0.0.1', port)); s.listen()\n"
+        "    except OSError as error: return error.errno\n"
+        "    return 0\n"
+        "for _ in sys.stdin: print(attempt(0), attempt(int(os.environ['PORT'])), flush=True)"
+    )
+    with running(*GUARD, sys.executable, "-c", script, stdin=subprocess.PIPE) as started:
+        limits = resource.prlimit(started.process.pid, resource.RLIMIT_NOFILE)
+        assert asked(started) == "0 0"
+        resource.prlimit(started.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        assert asked(started) == f"0 {errno.EADDRINUSE}"
+        resource.prlimit(started.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert asked(started) == "0 0"
+
+
+@pytest.mark.parametrize("limit", range(5, 10))
+def test_too_few_descriptors_are_no_bug(limit: int) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *PORTEXEC, "--", "true"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 125)
+
+
+def test_a_fork_that_is_refused_is_no_bug() -> None:
+    done = run_in(refusing(["clone", errno.EAGAIN]), *GUARD, "true")
+    assert done.returncode == 125
+    assert done.stderr.startswith("portexec: error: ")
+
+
+def test_a_death_by_a_signal_that_no_program_may_handle() -> None:
+    """The C library keeps 32 and 33 to itself, but the kernel delivers them."""
+    done = run(*GUARD, "sh", "-c", "kill -32 $$")
+    assert (done.returncode, done.stderr) in ((-32, ""), (128 + 32, ""))
+
+
+def test_what_the_command_closes_is_closed() -> None:
+    """A reader sees the end of a pipe as soon as the command has let go of it, not only when portexec ends."""
+    with running(*GUARD, "sh", "-c", "exec >&-; read line", stdin=subprocess.PIPE) as started:
+        assert started.process.stdout is not None
+        readable, _, _ = select.select([started.process.stdout], [], [], DEADLINE / 3)
+        assert readable
+        assert started.process.poll() is None
+
+
+def test_a_command_that_ignores_term_is_killed_in_time() -> None:
+    script = "trap '' TERM; echo ready; while :; do read line; done"
+    with running("-k", "100ms", *GUARD, "sh", "-c", script, stdin=subprocess.PIPE) as started:
+        assert out(started) == "ready"
+        started.process.terminate()
+        try:
+            assert started.process.wait(DEADLINE / 3) == -signal.SIGKILL
+        except subprocess.TimeoutExpired:
+            pytest.fail("the command still runs")
+        finally:
+            kill_group(started.process.pid)
+
+
+def test_told_to_stop_it_stops_what_has_no_main_thread_any_more() -> None:
+    if os.uname().machine not in ("x86_64", "aarch64", "riscv64"):
+        pytest.skip("the number of exit(2) is not known here")
+    with running(*GUARD, *FAULTS, "headless") as started:
+        left = int(out(started).split()[1])
+        started.process.terminate()
+        assert started.process.wait(DEADLINE) == -signal.SIGTERM
+        try:
+            assert not Path(f"/proc/{left}").exists()
+        finally:
+            kill_group(started.process.pid)
+
+
+@pytest.mark.parametrize("kind", ["restart", "interrupt"])
+def test_a_storm_of_signals_loses_no_bind(kind: str) -> None:
+    done = run(*GUARD, *FAULTS, "storm", kind, "0.00005", "300")
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert json.loads(done.stdout) == [[], True]
+
+
+@pytest.mark.parametrize("kind", ["restart", "interrupt"])
+def test_signals_on_a_kernel_where_they_interrupt_a_bind(kind: str) -> None:
+    """Before Linux 5.19 a signal takes the caller away from its notification, and the bind comes once more."""
+    done = run_in(refusing(*BEFORE_5_19), *GUARD, *FAULTS, "storm", kind, "0.0007", "300")
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert json.loads(done.stdout) == [[], True]
+
+
+def test_many_servers_below_one_parent() -> None:
+    words = [word for _ in range(300) for word in ("-l", "0")]
+    with running(*words, "-H", "guard", "--", *FAULTS, "many") as started:
+        assert out(started) == "ready"
+        ports = [int(started.url().rpartition(":")[2]) for _ in range(300)]
+        assert len(set(ports)) == 300
+        assert [answer(port) for port in ports] == [str(port) for port in ports]
+
+
+def test_the_parent_keeps_no_descriptor_of_the_command() -> None:
+    """A duplicate that stays open would keep a listener alive that the command has closed."""
+    with running(*GUARD, *FAULTS, "serve", "127.0.0.1", "0") as started:
+        command = int(out(started).split()[2])
+        sockets = {target for target in descriptors_of(command).values() if target.startswith("socket:")}
+        assert len(sockets) == 1
+        assert wait_for(lambda: not sockets & set(descriptors_of(started.process.pid).values()))
+
+
+# Other supervisors, filters and tracers
+
+
+@pytest.mark.parametrize("hand_off", ["fd", "hold"])
+def test_guard_inside_others(hand_off: str) -> None:
+    done = run("-q", "-H", hand_off, "--", *PORTEXEC, *GUARD, *PLAIN)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert json.loads(done.stdout) == PLAIN_IS_WELL
+
+
+@pytest.mark.parametrize("words", [["-H", "fd"], ["-H", "hold"], []], ids=["fd", "hold", "auto"])
+def test_others_inside_guard(words: list[str]) -> None:
+    done = run(*GUARD, *PORTEXEC, "-q", *words, "--", *child("greeter"), "alone")
+    assert (done.stdout, done.stderr, done.returncode) == ("served\n", "", 0)
+
+
+def test_a_filter_inside_that_allows_all() -> None:
+    done = run(*GUARD, *refusing(), *PLAIN)
+    assert json.loads(done.stdout) == PLAIN_IS_WELL
+
+
+def test_a_filter_inside_that_refuses_is_heeded() -> None:
+    done = run(*GUARD, *refusing(["bind", errno.EACCES]), *PLAIN)
+    assert json.loads(done.stdout)[:1] == ["EACCES"]
+
+
+def test_strace_around_the_server() -> None:
+    strace = shutil.which("strace") or pytest.skip("needs strace")
+    done = run(*GUARD, strace, "-f", "-o", os.devnull, *PLAIN)
+    if "ptrace" in done.stderr.lower():
+        pytest.skip(f"strace cannot trace here: {done.stderr}")
+    assert (json.loads(done.stdout), done.returncode) == (PLAIN_IS_WELL, 0)
+
+
+def test_gdb_around_the_server() -> None:
+    gdb = shutil.which("gdb") or pytest.skip("needs gdb")
+    options = ["-nx", "-q", "-batch", "-iex", "set debuginfod enabled off", "-ex", "set auto-load off", "-ex", "run", "--args"]
+    done = run(*GUARD, gdb, *options, *PLAIN)
+    if "ptrace" in done.stderr.lower():
+        pytest.skip(f"gdb cannot trace here: {done.stderr}")
+    assert json.dumps(PLAIN_IS_WELL) in done.stdout.splitlines()
+
+
+# Privileges
+
+
+@pytest.fixture
+def shared_directory() -> Iterator[Path]:
+    """A directory that another user can look into, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def as_stranger(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run portexec as an ordinary user, with a Python that this user may execute."""
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        probe = [python, "-c", "import sys; assert sys.version_info >= (3, 10); import portexec.cli, portexec.supervisor.run"]
+        options = {"user": STRANGER, "group": STRANGER, "extra_groups": [], "cwd": "/", "env": environment}
+        try:
+            if subprocess.run(probe, capture_output=True, timeout=DEADLINE, check=False, **options).returncode == 0:  # type: ignore[call-overload]
+                return subprocess.run(  # type: ignore[call-overload, no-any-return]
+                    [python, "-m", "portexec", *words],
+                    capture_output=True,
+                    text=True,
+                    timeout=DEADLINE,
+                    check=False,
+                    **options,
+                )
+        except OSError:
+            continue
+    return pytest.skip("another user can execute no Python from 3.10 on that sees this checkout")
+
+
+def copy_of_id(directory: Path) -> str:
+    copy = str(directory / "id")
+    shutil.copy(shutil.which("id") or pytest.skip("needs id"), copy)
+    return copy
+
+
+def test_set_uid_programs_keep_their_rights_under_auto(shared_directory: Path) -> None:
+    """As sudo does. Under `guard`, asked for by name, they cannot."""
+    program = copy_of_id(shared_directory)
+    Path(program).chmod(0o4755)
+    if os.statvfs(program).f_flag & os.ST_NOSUID:
+        pytest.skip("the temporary directory is mounted nosuid")
+    done = as_stranger("-v", "--", program, "-u")
+    assert (done.stdout, done.returncode) == ("0\n", 0)
+    assert "portexec: hand-off hold: " in done.stderr
+    assert f"no-new-privileges would take its rights from {program}" in done.stderr
+    assert as_stranger(*GUARD, program, "-u").stdout == f"{STRANGER}\n"
+
+
+def test_programs_with_file_capabilities_keep_them_under_auto(shared_directory: Path) -> None:
+    program = copy_of_id(shared_directory)
+    try:
+        # struct vfs_ns_cap_data, revision 2: effective; permitted and inheritable, CAP_NET_BIND_SERVICE
+        os.setxattr(program, "security.capability", struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0))
+    except OSError as error:
+        pytest.skip(f"no file capabilities here: {error}")
+    done = as_stranger("-v", "--", program, "-u")
+    assert (done.stdout, done.returncode) == (f"{STRANGER}\n", 0)
+    assert "which has file capabilities" in done.stderr
+
+
+def test_no_new_privileges_only_where_the_kernel_demands_it() -> None:
+    words = (*GUARD, "grep", "NoNewPrivs", "/proc/self/status")
+    without_rights = run_in(child("without_rights"), *words)
+    assert without_rights.stdout.split()[1] == "1"
+    if os.geteuid() == 0 and status_of("self")["NoNewPrivs"] == "0":
+        assert run(*words).stdout.split()[1] == "0"
+        assert as_stranger(*words).stdout.split()[1] == "1"
+
+
+def test_an_ordinary_user_is_served() -> None:
+    done = as_stranger(*GUARD, "/usr/bin/env", "python3", "-c", "print('started')")
+    assert done.returncode in (0, 126, 127)
+    program = (
+        "import os, socket; s = socket.socket(); s.bind(('127.0.0.1', int(os.environ['PORT']))); s.listen(); print(os.getuid())"
+    )
+    done = as_stranger(*GUARD, "/usr/bin/python3", "-c", program)
+    assert (done.stdout, done.stderr) == (f"{STRANGER}\n", "")
+
+
+def root_only() -> None:
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+
+
+@pytest.mark.parametrize("kind", ["plain", "reuseport", "mptcp", "dual"])
+def test_a_command_that_gives_up_root_before_its_bind(kind: str) -> None:
+    """The socket stays the other user's, too."""
+    root_only()
+    done = run(*GUARD, *FAULTS, "dropped", kind)
+    if "ENOPROTOOPT" in done.stderr or "Protocol not" in done.stderr:
+        pytest.skip("no MPTCP here")
+    assert (done.stdout, done.stderr) == (f"ok ok {STRANGER}\n", "")
+
+
+def test_a_command_that_gives_up_root_where_nobody_may_chown() -> None:
+    """A container that keeps CAP_SETUID and not CAP_CHOWN: what cannot be proxied is gated."""
+    root_only()
+    state = json.dumps(
+        {
+            "command": [*PORTEXEC, *GUARD, *FAULTS, "dropped", "plain"],
+            "environment": {**os.environ},
+            "state": {"drop_capability": 0},
+        }
+    )
+    done = subprocess.run([*child("start"), state], capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert (done.stdout, done.stderr) == (f"ok ok {STRANGER}\n", "")
+
+
+# Other system call tables
+
+
+@pytest.fixture(scope="session")
+def program_of_32_bits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    compiler = shutil.which("gcc") or pytest.skip("needs gcc")
+    if os.uname().machine != "x86_64":
+        pytest.skip("the 32-bit program is for x86")
+    program = str(tmp_path_factory.mktemp("32") / "bind32")
+    options = ["-m32", "-O1", "-nostdlib", "-static", "-fno-pie", "-no-pie", "-fno-builtin", "-fno-stack-protector"]
+    words = [compiler, *options, "-o", program, str(CHILDREN / "bind32.c")]
+    if subprocess.run(words, capture_output=True, timeout=DEADLINE, check=False).returncode:
+        pytest.skip("this gcc cannot build 32-bit programs")
+    try:
+        subprocess.run([program, "0", "1"], capture_output=True, timeout=DEADLINE, check=False)
+    except OSError as error:
+        pytest.skip(f"this kernel runs no 32-bit programs: {error}")
+    return program
+
+
+@pytest.mark.parametrize("direct", ["1", "0"], ids=["bind", "socketcall"])
+def test_a_32_bit_program(program_of_32_bits: str, direct: str) -> None:
+    with running("-H", "guard", "--", program_of_32_bits, "{port}", direct) as started:
+        port = int(started.url().rpartition(":")[2])
+        assert out(started) == "serving"
+        assert answer(port) == "32"
+        assert started.process.wait(DEADLINE) == 0
+
+
+def test_a_ring_gets_no_further_than_the_guard() -> None:
+    """No filter sees io_uring's own bind: it fails, loudly, rather than take the number without us."""
+    done = run(*GUARD, *FAULTS, "io_uring")
+    if done.stdout.strip() in ("EINVAL", "EOPNOTSUPP") or done.stdout.startswith("cannot"):
+        pytest.skip(f"no bind by io_uring here: {done.stdout}")
+    assert done.stdout == "EADDRINUSE\n"
+
+
+# --remap
+
+
+def test_remap_for_several_listeners() -> None:
+    words = ["-l", "web=0", "-l", "api=0", "--remap", "8000", "--remap", "9000=api"]
+    with running(*words, "-H", "guard", "--", *FAULTS, "serve", "127.0.0.1", "8000", "9000") as started:
+        web, api = (int(started.url().rpartition(":")[2]) for _ in range(2))
+        assert [int(out(started).split()[1]) for _ in range(2)] == [web, api]
+        assert (answer(web), answer(api)) == (str(web), str(api))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::1", "::", "*"])
+def test_remap_on_other_addresses(host: str) -> None:
+    with running("--remap", "8000", "-v", "--", *FAULTS, "serve", host, "8000") as started:
+        port = int(started.url().rpartition(":")[2])
+        shown = f"[{host}]" if ":" in host else host
+        started.line(rf"the command listens on {re.escape(shown)}:{port}$")
+        assert int(out(started).split()[1]) == port
+        if ":" in host or host == "*":
+            assert answer(port, "::1") == str(port)
+        if ":" not in host:
+            assert answer(port) == str(port)
+
+
+def test_remap_of_a_real_server() -> None:
+    with running("-v", "--remap", "8000", "--", sys.executable, "-m", "http.server", "8000", cwd=CHILDREN) as started:
+        started.line(r"hand-off guard: --remap was given")
+        url = started.url()
+        started.line("the command listens on ")
+        assert "faults.py" in get(url)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--remap", "8000", "--remap", "8000"], "--remap has port 8000 twice"),
+        (["--remap", "8000", "--remap", "8000=listener1"], "--remap has port 8000 twice"),
+        (["--remap", "8000=web"], "--remap 8000=web: there is no listener 'web'"),
+        (["--remap", "8000="], "--remap 8000=: there is no listener ''"),
+        *((["--remap", text], f"--remap {text!r} names no port") for text in ("0", "65536", "x", "-1", "", "=web", "8e3", "٣")),
+        (["--remap", "8000", "-H", "fd"], "--remap needs hand-off guard, and this is fd: as asked for"),
+        (["--remap", "8000", "-H", "hold"], "--remap needs hand-off guard, and this is hold: as asked for"),
+    ],
+)
+def test_remap_that_cannot_be(words: list[str], message: str) -> None:
+    done = run(*words, "--", "echo", "started")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.splitlines()[0] == f"portexec: error: {message}"
+
+
+def test_remap_of_a_command_that_names_the_descriptor() -> None:
+    done = run("--remap", "8000", "--", "echo", "{fd}")
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "--remap needs hand-off guard, and this is fd" in done.stderr
+
+
+# Diagnosis
+
+
+def notes(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("portexec: note: ")]
+
+
+@pytest.mark.parametrize("quiet", [False, True], ids=["loud", "quiet"])
+def test_it_is_said_once_when_the_command_listens_elsewhere(quiet: bool) -> None:
+    """Of two wrong numbers the first is named, and the failure at the end is no further news."""
+    script = (
+        "import socket, sys\n"
+        "kept = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]\n"
+        "for s in kept: print(s.getsockname()[1], flush=True)\n"
+        "sys.stdin.read(); sys.exit(3)"
+    )
+    words = ["-q"] * quiet + ["-H", "guard", "--", sys.executable, "-c", script]
+    with running(*words, stdin=subprocess.PIPE) as started:
+        other = out(started)
+        if quiet:
+            out(started)
+        else:
+            port = started.url().rpartition(":")[2]
+            started.line(rf"^portexec: note: the command listens on port {other}, not on {port}$")
+            assert f"--remap {other}" in started.line("^portexec: hint: ").string
+        assert started.process.stdin is not None
+        started.process.stdin.close()
+        started.process.stdin = None
+        assert started.process.wait(DEADLINE) == 3
+        assert started.process.stderr is not None
+        assert started.process.stderr.read() == ""
+
+
+def test_it_is_said_when_the_command_failed_right_after_it_listened_elsewhere() -> None:
+    script = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1]); raise SystemExit(3)"
+    done = run("-H", "guard", "--", sys.executable, "-c", script)
+    assert len(notes(done.stderr)) == 1
+    assert done.stdout.strip() in done.stderr
+
+
+def test_it_is_said_once_when_the_command_failed_without_a_bind() -> None:
+    done = run("-H", "guard", "--", "sh", "-c", "exit 3")
+    port = done.stderr.splitlines()[0].rpartition(":")[2]
+    assert notes(done.stderr) == [f"portexec: note: the command failed (status 3) and never listened on port {port}"]
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-H", "guard", "--", "true"], ["-H", "guard", "--", *PLAIN], ["-H", "guard", "--", "sh", "-c", "kill -TERM $$"]],
+    ids=["true", "served", "killed"],
+)
+def test_what_ended_well_is_not_talked_about(words: list[str]) -> None:
+    assert re.fullmatch(r"portexec: http://127\.0\.0\.1:\d+\n", run(*words).stderr)
+
+
+def test_quiet_says_nothing_of_a_failure() -> None:
+    assert run(*GUARD, "sh", "-c", "exit 3").stderr == ""
+
+
+def test_a_failure_after_serving_is_the_commands_own() -> None:
+    with running("-H", "guard", "--", *FAULTS, "serve", "127.0.0.1", "0") as started:
+        started.url()
+        os.kill(int(out(started).split()[2]), signal.SIGTERM)
+        assert started.process.wait(DEADLINE) == 3
+        assert started.process.stderr is not None
+        assert started.process.stderr.read() == ""
+
+
+def test_verbose_tells_the_address_that_was_really_bound() -> None:
+    with running("-v", "-H", "guard", "--", *FAULTS, "serve", "::1", "0") as started:
+        port = started.url().rpartition(":")[2]
+        started.line(rf"^portexec: the command listens on \[::1\]:{port}$")
+        with pytest.raises(ConnectionRefusedError):
+            answer(int(port))
+        assert answer(int(port), "::1") == port

@@ -1,0 +1,347 @@
+"""README.md, run: every fenced block, as a reader would run it, beside the demo applications of tests/apps.
+
+What the word after the three backticks means is in RUNNERS; a block without one fails.
+
+    console         a transcript, in one bash. What follows `$ ` is typed, the other lines are what has to appear. Numbers of
+                    four digits and more stand for any number, the same one throughout; `...` stands for anything.
+    console varies  the same, but only the first word of each line counts: the rest is about the machine
+    bash            a script that runs to its end
+    bash serves     one server: it must answer on every address it announces
+    bash checkout   a script that is run in the checkout, with this environment in place of a new one
+    yaml            steps of GitHub Actions, run as they are there
+    procfile        run by honcho, as a Procfile
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from portexec import options
+from tests.support import DEADLINE, ROOT, Running, get, kill_group, wait_for
+from tests.test_servers import APPS, PATH, is_installed, need
+
+README = (ROOT / "README.md").read_text()
+STRICT = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"]
+MARK = "----- that was all -----"
+NUMBER = re.compile(r"(\d{4,})")
+NEEDED = {"curl": "curl", "node": "node", "npm": "npm node", "uvicorn": "uvicorn fastapi", "hypercorn": "hypercorn fastapi"}
+NEEDED |= {"gunicorn": "gunicorn", "flask": "flask", "make": "make"}
+NOT_OURS = {"--fd"}  # options of other programs that the text mentions
+
+
+class Block(NamedTuple):
+    """A fenced block: the line it begins at, what it is, its text."""
+
+    line: int
+    kind: str
+    text: str
+
+
+def blocks() -> Iterator[Block]:
+    for found in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", README, re.MULTILINE):
+        yield Block(README.count("\n", 0, found.start()) + 1, found[1], found[2])
+
+
+BLOCKS = list(blocks())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: the demo applications, under the names that the README uses, and `portexec` on the PATH."""
+    place = Path(shutil.copytree(APPS, tmp_path / "apps"))
+    (place / "asgi.py").rename(place / "app.py")
+    (place / "package.json").write_text('{"scripts": {"start": "node server.js"}}')
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    script = programs / "portexec"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom portexec.cli import main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{PATH}")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # gunicorn's control socket, one for each test
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.chdir(place)
+    return place
+
+
+@contextmanager
+def shell(words: Sequence[str], **streams: int) -> Iterator[subprocess.Popen[str]]:
+    """Run words in a session of their own, of which nothing is left afterwards, nor after the deadline."""
+    with subprocess.Popen([*words], text=True, start_new_session=True, **streams) as process:  # type: ignore[call-overload]
+        timer = threading.Timer(2 * DEADLINE, kill_group, [process.pid])
+        timer.start()
+        try:
+            yield process
+        finally:
+            timer.cancel()
+            kill_group(process.pid)
+
+
+def ask(url: str) -> str:
+    """What a server answers, on a unix socket, too."""
+    if not url.startswith("unix:"):
+        return get(url)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(DEADLINE)
+        connection.connect(url.removeprefix("unix:"))
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with connection.makefile() as answer:
+            return answer.read()
+
+
+class Terminal:
+    """A bash, into which a transcript is typed line by line."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.numbers: dict[str, str] = {}  # from those of the README to those of this run
+
+    def type(self, command: str, count: int) -> list[str]:
+        """Type a command, and return what appears until it is over and there are `count` lines."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        command = NUMBER.sub(lambda found: self.numbers.get(found[0], found[0]), command)
+        self.process.stdin.write(f"{command}\nprintf '\\n%s\\n' '{MARK}'\n")
+        self.process.stdin.flush()
+        lines: list[str] = []
+        is_over = False
+        while not is_over or len(lines) < count:
+            line = self.process.stdout.readline()
+            assert line, f"no more output after {command!r}: {lines}"
+            if line.rstrip("\n") == MARK:
+                is_over = True
+                if lines and not lines[-1]:
+                    lines.pop()
+            else:
+                lines.append(line.rstrip("\n"))
+        return lines
+
+    def is_same(self, expected: str, line: str) -> bool:
+        """Whether a line is the expected one, but for numbers, which have to be the same as before."""
+        parts = [".*".join(map(re.escape, part.split("..."))) for part in NUMBER.split(expected)[::2]]
+        found = re.fullmatch(r"(\d+)".join(parts), line)
+        if not found:
+            return False
+        pairs = list(zip(NUMBER.findall(expected), found.groups(), strict=True))
+        return all(self.numbers.setdefault(theirs, ours) == ours for theirs, ours in pairs)
+
+    def check_distinct(self, transcript: str) -> None:
+        """Addresses that are different in the README are so here, and processes that answer."""
+        for before in (r"(?:http|udp)://127\.0\.0\.1:", "hello from "):
+            theirs = set(re.findall(rf"{before}(\d{{4,}})", transcript))
+            assert len({self.numbers[number] for number in theirs}) == len(theirs), self.numbers
+
+
+def transcript(text: str) -> list[tuple[str, list[str]]]:
+    """Commands, and the lines that each of them is to show."""
+    steps: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            steps.append((line[2:], []))
+        else:
+            steps[-1][1].append(line)
+    return steps
+
+
+def run_transcript(block: Block, _: Path) -> None:
+    """Type it all, and compare."""
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with shell(["bash", "--noprofile", "--norc"], **streams) as process:
+        terminal = Terminal(process)
+        for command, expected in transcript(block.text):
+            lines = terminal.type(command, len(expected))
+            if block.kind == "console varies":
+                assert [line.split()[:1] for line in lines] == [line.split()[:1] for line in expected]
+            else:
+                same = [terminal.is_same(*pair) for pair in zip(expected, lines, strict=False)]
+                assert all(same), (command, expected, lines)
+                assert len(lines) == len(expected), (command, expected, lines)
+        if block.kind == "console":
+            terminal.check_distinct(block.text)
+
+
+def run_script(block: Block, place: Path) -> None:
+    """Run it to its end."""
+    words = [*STRICT, "-c", block.text]
+    with shell(words, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.wait(2 * DEADLINE) == 0, process.communicate()[0]
+
+
+def run_server(block: Block, _: Path) -> None:
+    """Start it, ask at every address, stop it."""
+    assert block.text.count("portexec") == 1
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with shell([*STRICT, "-c", block.text], **streams) as process:
+        started = Running(process)
+        try:
+            urls = [started.url() for _ in range(block.text.count(" -l ") or 1)]
+            for url in urls:
+                assert "hello" in wait_for(lambda url=url: ask(url))  # type: ignore[misc]
+        finally:
+            started.stop()
+
+
+def run_in_checkout(block: Block, place: Path) -> None:
+    """The Makefile's targets, with the packages that are installed here. Of `make test` what it collects is enough."""
+    if not (Path(sys.prefix) / "bin" / "portexec").exists():
+        pytest.skip("portexec is not installed beside this Python")
+    environment = place / "venv"
+    environment.mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        (environment / entry.name).symlink_to(entry)
+    (environment / "ready").touch()
+    os.environ |= {"VENV": str(environment), "PYTEST": "--collect-only -q tests/test_spec.py"}
+    run_script(block, ROOT)
+
+
+def steps_of(text: str) -> Iterator[str]:
+    """The scripts of a workflow's steps: the part of YAML that the README needs."""
+    for found in re.finditer(r"^( +)run: (.*)\n((?:\1 +.*\n)*)", text, re.MULTILINE):
+        yield "".join(line.strip() + "\n" for line in found[3].splitlines()) if found[2] == "|" else found[2]
+
+
+def run_steps(block: Block, place: Path) -> None:
+    """Run step after step as GitHub's runner does; what was left in the background lives on until the job is over."""
+    temporary = place / "temp"
+    temporary.mkdir()
+    exported = place / "exported"
+    exported.touch()
+    os.environ |= {"RUNNER_TEMP": str(temporary), "GITHUB_ENV": str(exported)}
+    steps = list(steps_of(block.text))
+    assert len(steps) == block.text.count("run:")
+    sessions: list[int] = []
+    try:
+        for number, step in enumerate(steps):
+            (place / "step.sh").write_text(step)
+            os.environ |= dict(line.split("=", 1) for line in exported.read_text().splitlines())
+            with (place / f"log{number}").open("w") as log:
+                process = subprocess.Popen(
+                    [*STRICT, "step.sh"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            sessions.append(process.pid)
+            assert process.wait(DEADLINE) == 0, (step, (place / f"log{number}").read_text())
+    finally:
+        for session in sessions:
+            kill_group(session)
+    assert "testing at http://127.0.0.1:" in (place / f"log{len(steps) - 1}").read_text()
+
+
+def run_procfile(block: Block, place: Path) -> None:
+    """Every process of it answers, and honcho can stop them."""
+    if not is_installed("honcho"):
+        pytest.skip("not installed: honcho")
+    (place / "Procfile").write_text(block.text)
+    process = subprocess.Popen(
+        ["honcho", "start", "--no-colour"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    timer = threading.Timer(2 * DEADLINE, process.terminate)  # honcho stops its processes, which have sessions of their own
+    timer.start()
+    try:
+        urls: dict[str, str] = {}
+        while len(urls) < len(block.text.splitlines()):
+            line = process.stdout.readline()
+            assert line, urls
+            found = re.search(r"(\w+)\.1 +\| portexec: (http:\S+)", line)
+            urls |= {found[1]: found[2]} if found else {}
+        for url in urls.values():
+            assert "hello" in wait_for(lambda url=url: ask(url))  # type: ignore[misc]
+        assert (place / "web.port").read_text() == urls["web"].rpartition(":")[2] + "\n"
+    finally:
+        process.terminate()
+        rest, errors = process.communicate(timeout=DEADLINE)
+        timer.cancel()
+    assert not errors
+    assert {name for name in urls if f"{name}.1 stopped" in rest} == set(urls)
+
+
+RUNNERS: dict[str, Callable[[Block, Path], None]] = {
+    "console": run_transcript,
+    "console varies": run_transcript,
+    "bash": run_script,
+    "bash serves": run_server,
+    "bash checkout": run_in_checkout,
+    "yaml": run_steps,
+    "procfile": run_procfile,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line{block.line}")
+def test_block(block: Block, folder: Path) -> None:
+    assert block.kind in RUNNERS, "nobody knows how to run it"
+    words = set(re.findall(r"[\w.-]+", block.text))
+    if "uv" in words and not is_installed("uv"):
+        pytest.skip("not installed: uv")
+    need([name for word, names in NEEDED.items() if word in words for name in names.split()])
+    if "pip install portexec" in block.text and not is_installed_package():
+        pytest.skip("portexec is not installed here, and is not to be fetched")
+    before = dict(os.environ)
+    try:
+        RUNNERS[block.kind](block, folder)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def is_installed_package() -> bool:
+    """Whether pip finds portexec, so that asking for it installs nothing."""
+    words = [sys.executable, "-m", "pip", "show", "--quiet", "portexec"]
+    return subprocess.run(words, capture_output=True).returncode == 0
+
+
+def test_every_fence_is_a_block() -> None:
+    assert len(BLOCKS) > 20
+    assert README.count("```") == 2 * len(BLOCKS)
+
+
+def spans() -> list[str]:
+    """What stands between single backticks outside of the blocks, with the table's escapes undone."""
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    return [span.replace("\\|", "|") for span in re.findall(r"`([^`]+)`", text)]
+
+
+def known_options() -> set[str]:
+    return {name for _, group in options.GROUPS for option in group for name in (option.short, option.long) if name}
+
+
+def test_the_text_names_no_option_that_does_not_exist() -> None:
+    named = {re.split(r"[ =]", span)[0] for span in spans() if span.startswith("-") and span.strip("-")}
+    assert named - NOT_OURS <= known_options()
+
+
+def test_the_table_of_options_is_complete() -> None:
+    rows = [line for line in README.splitlines() if line.startswith("| `-")]
+    assert {name for row in rows for name in re.findall(r"`(--?\w[\w-]*)", row.split(" | ")[0])} == known_options()
+
+
+def test_every_command_line_has_options_that_exist() -> None:
+    lines = [line for block in BLOCKS for line in block.text.splitlines()]
+    lines += [span for span in spans() if re.match(r"(exec )?portexec ", span)]
+    commands = [found[1] for line in lines for found in re.finditer(r"(?:^|[ \n])portexec (.*)", line.removeprefix("$ "))]
+    assert len(commands) > 20
+    for command in commands:
+        try:
+            words = shlex.split(command)
+        except ValueError:  # the words end inside of a quotation that began before
+            words = command.split()
+        options.parse(words)
+
+
+def test_the_layout_lists_every_module() -> None:
+    package = ROOT / "portexec"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if not path.name.startswith("__")}
+    assert set(re.findall(r"^\| `((?:supervisor/)?\w+\.py)` \|", README, re.MULTILINE)) == modules
