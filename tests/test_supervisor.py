@@ -152,7 +152,8 @@ def test_ctrl_c_kills_a_plain_command_and_the_shell_can_tell() -> None:
 
 
 def test_a_ctrl_c_that_the_command_has_a_use_for_stops_no_tree() -> None:
-    script = "trap 'echo caught' INT; echo ready; read x; setsid sleep 100 >/dev/null 2>&1 </dev/null & echo left $!. ; exit 0"
+    leave = "setsid sleep 100 >/dev/null 2>&1 </dev/null & echo left $!.; exit 0"
+    script = f"trap '{leave}' INT; echo ready; while :; do sleep 1; done"
     with on_a_terminal(*PORTEXEC, *GUARD, "sh", "-c", script) as (pid, terminal):
         read_until(terminal, "ready")
         os.write(terminal, b"\x03")
