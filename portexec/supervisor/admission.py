@@ -20,7 +20,7 @@ import time
 
 from portexec import tcp_table
 from portexec.sockets import IPPROTO_MPTCP, Flip, Guard, can_flip, listen_past
-from portexec.supervisor import seccomp
+from portexec.supervisor import libc, seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Admission:
             return errno.EADDRINUSE
         try:
             with Flip(guard, socket):
-                seccomp.bind(socket.fileno(), address)
+                libc.bind(socket.fileno(), address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 self._report_strangers(guard.port)
@@ -187,7 +187,7 @@ class Admission:
 
     def _listen_past(self, guard: Guard, socket: _socket.socket, backlog: int) -> int:
         try:
-            listen_past(guard, socket, lambda: seccomp.listen(socket.fileno(), backlog))
+            listen_past(guard, socket, lambda: libc.listen(socket.fileno(), backlog))
         except OSError as error:
             self._report_strangers(guard.port)
             return error.errno or errno.EADDRINUSE

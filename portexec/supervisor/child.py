@@ -16,7 +16,7 @@ from portexec import execute
 from portexec.errors import PortexecError, reason
 from portexec.handoff import Plan
 from portexec.sockets import IP_FREEBIND
-from portexec.supervisor import seccomp
+from portexec.supervisor import libc, seccomp
 from portexec.supervisor.signals import Inbox
 
 TYPE_CHECKING = False
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 NOTIFY_FD = b"n"  # child: with the descriptor
 REFUSED = b"r"  # child: errno and reason; the filter cannot be installed
 REHEARSED = b"h"  # child: 1, or the reason why not
-SEEN = b"s"  # parent: the rehearsal's listener may go
 GO = b"g"  # parent: execute the command
 FAILED = b"f"  # child: status, message and hint; the command cannot be executed
 
@@ -42,11 +41,12 @@ def main(control: _socket.socket, plan: Plan, rehearsal_port: int, parent: int, 
     Should the parent be killed, the kernel kills us, and sends the command TERM.
     """
     try:
-        seccomp.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGKILL)
+        libc.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGKILL)
         if os.getppid() == parent and _install(control):
-            _rehearse(control, rehearsal_port)
-            if control.recv(1) == GO:
-                seccomp.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGTERM)
+            listener = _rehearse(control, rehearsal_port)
+            if control.recv(1) == GO:  # until then the listener has to be there: it is looked for
+                listener.close()
+                libc.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGTERM)
                 inbox.restore()
                 _execute(control, plan)
     finally:
@@ -64,7 +64,7 @@ def _install(control: _socket.socket) -> bool:
     return True
 
 
-def _rehearse(control: _socket.socket, port: int) -> None:
+def _rehearse(control: _socket.socket, port: int) -> _socket.socket:
     """Bind and listen on a number of ours, as the command will; the outcome tells what admission can do on this machine.
 
     The address is one that nobody uses, and need not exist. SO_REUSEADDR is for the gated form.
@@ -80,8 +80,7 @@ def _rehearse(control: _socket.socket, port: int) -> None:
     except OSError as error:
         outcome = reason(error)
     control.send(REHEARSED + outcome.encode())
-    control.recv(1)  # the listener has to be there until it was seen
-    socket.close()
+    return socket
 
 
 def _execute(control: _socket.socket, plan: Plan) -> None:

@@ -17,7 +17,7 @@ import time
 from portexec.errors import PortexecError, RefusedError
 from portexec.sockets import Guard
 from portexec.supervisor import child as messages
-from portexec.supervisor import seccomp, signals
+from portexec.supervisor import libc, seccomp, signals
 from portexec.supervisor.admission import Admission, Observer
 from portexec.supervisor.spawn import Child
 
@@ -82,7 +82,7 @@ class Supervised:
 
 def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Supervised:
     """Serve the child's bind and listen on a number of ours, and hear from it whether they worked. Raises RefusedError."""
-    seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)
+    libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)
     notify_fd = _receive_notify_fd(child.control)
     try:
         supervised = Supervised(child, Admission(notify_fd, guards, remap, Observer()))
@@ -94,7 +94,6 @@ def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]
     except BaseException:
         os.close(notify_fd)
         raise
-    child.control.send(messages.SEEN)
     return supervised
 
 

@@ -7,12 +7,12 @@ syscall table. `struct seccomp_notif` is `<Q id> <I pid> <I flags>` and `struct 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
-import struct
 import sys
+
+from portexec.supervisor import libc
 
 SET_MODE_FILTER = 1
 FLAG_SPEC_ALLOW = 1 << 2  # Linux 4.17; without it a filter slows every task below it down before 5.16
@@ -23,9 +23,6 @@ RESPONSE_CONTINUE = 1  # Linux 5.5
 RET_ALLOW = 0x7FFF0000
 RET_USER_NOTIF = 0x7FC00000
 
-_NOTIFICATION = struct.Struct("=QIIiIQ6Q")
-_RESPONSE = struct.Struct("=QqiI")
-_ID = struct.Struct("=Q")
 _BUFFER_SIZE = 256  # a later kernel's notification may be longer; RECV wants zeros up to its own length
 _RECV = 0xC0502100
 _SEND = 0xC0182101
@@ -74,25 +71,11 @@ _MACHINES: dict[str, tuple[int, tuple[Machine, ...]]] = {
     "s390x": (348, (Machine(0x80000016, 361, 363, 102), _S390)),
 }
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Instruction(ctypes.Structure):
-    """struct sock_filter: one instruction of classic BPF."""
-
-    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
-
-
-class _Program(ctypes.Structure):
-    """struct sock_fprog."""
-
-    _fields_ = (("length", ctypes.c_uint16), ("filter", ctypes.POINTER(_Instruction)))
-
-
 # linux/bpf_common.h: load a word, compare, return; struct seccomp_data: offsets of nr, arch and the arguments' low halves.
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _NR, _ARCH = 0, 4
 _ARGS = 16 if sys.byteorder == "little" else 20
+_POINTER = 8 if sys.maxsize > 1 << 32 else 4
 _MIN_SOCKADDR = 16  # sockaddr_in; netlink's 12 bytes, which glibc binds at each name lookup, need not stop here
 
 
@@ -131,23 +114,6 @@ def program(machines: tuple[Machine, ...]) -> list[tuple[int, int, int, int]]:
     return [*instructions, (_RETURN, 0, 0, RET_ALLOW)]
 
 
-def _syscall(number: int, *arguments: int) -> int:
-    """Make a system call. Every argument is as wide as a register: a varargs call leaves rubbish in the upper halves."""
-    return _check(_libc.syscall(ctypes.c_long(number), *(ctypes.c_long(argument) for argument in arguments)))
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
-
-
-def prctl(option: int, value: int) -> None:
-    """Set one attribute of this process. Raises OSError."""
-    _check(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)))
-
-
 def is_known_machine() -> bool:
     """Whether the numbers of this machine are in the table."""
     return os.uname().machine in _MACHINES
@@ -159,7 +125,7 @@ def has_flags(flags: int) -> bool:
     A filter that is a null pointer is EFAULT with flags that are known, EINVAL with others.
     """
     try:
-        _syscall(_MACHINES[os.uname().machine][0], SET_MODE_FILTER, flags, 0)
+        libc.syscall(_MACHINES[os.uname().machine][0], SET_MODE_FILTER, flags, 0)
     except OSError as error:
         if error.errno not in (errno.EFAULT, errno.EINVAL):
             raise
@@ -178,18 +144,26 @@ def install() -> int:
     except KeyError:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
     instructions = program(machines)
-    array = (_Instruction * len(instructions))(*(_Instruction(*fields) for fields in instructions))
-    compiled = _Program(len(instructions), array)
+    memory, address = libc.pointer_to(b"".join(map(_packed, instructions)))
+    compiled = len(instructions).to_bytes(2, sys.byteorder).ljust(_POINTER, b"\0") + address.to_bytes(_POINTER, sys.byteorder)
     flags = FLAG_NEW_LISTENER | FLAG_SPEC_ALLOW
     if has_flags(flags | FLAG_WAIT_KILLABLE_RECV):
         flags |= FLAG_WAIT_KILLABLE_RECV
     try:
-        return _syscall(number, SET_MODE_FILTER, flags, ctypes.addressof(compiled))
+        return libc.syscall(number, SET_MODE_FILTER, flags, compiled)
     except OSError as error:
         if error.errno != errno.EACCES:
             raise
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
-        return _syscall(number, SET_MODE_FILTER, flags, ctypes.addressof(compiled))
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1)
+        return libc.syscall(number, SET_MODE_FILTER, flags, compiled)
+    finally:
+        del memory  # not before the kernel has read it
+
+
+def _packed(instruction: tuple[int, int, int, int]) -> bytes:
+    """struct sock_filter. The whole is a struct sock_fprog: a u16 length and, aligned, a pointer to these."""
+    code, if_true, if_false, operand = instruction
+    return code.to_bytes(2, sys.byteorder) + bytes((if_true, if_false)) + operand.to_bytes(4, sys.byteorder)
 
 
 class Notification:
@@ -197,9 +171,16 @@ class Notification:
 
     __slots__ = ("arch", "args", "id", "nr", "thread")
 
-    def __init__(self, fields: tuple[int, ...]) -> None:
-        self.id, self.thread, _, self.nr, self.arch = fields[:5]
-        self.args = fields[6:]
+    def __init__(self, data: bytes) -> None:
+        self.id = _number(data, 0, 8)
+        self.thread = _number(data, 8, 4)
+        self.nr = _number(data, 16, 4)
+        self.arch = _number(data, 20, 4)
+        self.args = tuple(_number(data, at, 8) for at in range(32, 80, 8))
+
+
+def _number(data: bytes, at: int, size: int) -> int:
+    return int.from_bytes(data[at : at + size], sys.byteorder)
 
 
 def receive(notify_fd: int) -> Notification | None:
@@ -211,13 +192,13 @@ def receive(notify_fd: int) -> Notification | None:
         if error.errno in (errno.ENOENT, errno.EINTR):
             return None
         raise
-    return Notification(_NOTIFICATION.unpack_from(buffer))
+    return Notification(bytes(buffer))
 
 
 def is_waiting(notify_fd: int, identifier: int) -> bool:
     """Whether the caller still waits, so that what was read of it meanwhile was really its own."""
     try:
-        fcntl.ioctl(notify_fd, _ID_VALID, _ID.pack(identifier))
+        fcntl.ioctl(notify_fd, _ID_VALID, identifier.to_bytes(8, sys.byteorder))
     except OSError:
         return False
     return True
@@ -227,7 +208,8 @@ def answer(notify_fd: int, identifier: int, code: int | None) -> bool:
     """Let the call return 0 or fail with this errno, or with None go on in the kernel. False: the caller has gone."""
     error, flags = (0, RESPONSE_CONTINUE) if code is None else (-code, 0)
     try:
-        fcntl.ioctl(notify_fd, _SEND, _RESPONSE.pack(identifier, 0, error, flags))
+        parts = ((identifier, 8), (0, 8), (error, 4), (flags, 4))
+        fcntl.ioctl(notify_fd, _SEND, b"".join(part.to_bytes(size, sys.byteorder, signed=part < 0) for part, size in parts))
     except OSError as failure:
         if failure.errno not in (errno.ENOENT, errno.EINPROGRESS):
             raise
@@ -255,7 +237,7 @@ def duplicate(thread: int, fd: int) -> int:
             raise
         pidfd = os.pidfd_open(_process_of(thread))
     try:
-        return _syscall(_PIDFD_GETFD, pidfd, fd, 0)
+        return libc.syscall(_PIDFD_GETFD, pidfd, fd, 0)
     finally:
         os.close(pidfd)
 
@@ -266,13 +248,3 @@ def _process_of(thread: int) -> int:
             if line.startswith(b"Tgid:"):
                 return int(line.split()[1])
     raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-
-
-def bind(fd: int, address: bytes) -> None:
-    """bind(2) with the bytes as they are. Raises OSError."""
-    _check(_libc.bind(fd, address, len(address)))
-
-
-def listen(fd: int, backlog: int) -> None:
-    """listen(2) with the backlog as it is, negative ones too. Raises OSError."""
-    _check(_libc.listen(fd, ctypes.c_int(backlog)))

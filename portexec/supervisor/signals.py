@@ -10,6 +10,8 @@ import _signal
 import os
 import sys
 
+from portexec.supervisor import libc
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +38,6 @@ _JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTO
 # signalfd_siginfo begins with the number, an errno and the code; it is 128 bytes long.
 _INFO_SIZE = 128
 _SENT_BY_KERNEL = 0x80  # SI_KERNEL, sigaction(2)
-_SIGSET_BITS = 1024  # sigset_t of every C library here
 
 
 class Received:
@@ -64,7 +65,7 @@ class Inbox:
 
     def fileno(self) -> int:
         if self._fd < 0:
-            self._fd = _signalfd(self._numbers)
+            self._fd = libc.signalfd(self._numbers)
         return self._fd
 
     def read(self) -> Iterable[Received]:
@@ -140,20 +141,3 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-def _signalfd(numbers: Iterable[int]) -> int:
-    """signalfd(2), which Python does not offer."""
-    import ctypes
-
-    width = 8 * ctypes.sizeof(ctypes.c_ulong)
-    words = [0] * (_SIGSET_BITS // width)
-    for number in numbers:
-        words[(number - 1) // width] |= 1 << (number - 1) % width
-    libc = ctypes.CDLL(None, use_errno=True)
-    sigset = (ctypes.c_ulong * len(words))(*words)
-    fd = int(libc.signalfd(ctypes.c_int(-1), sigset, ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK)))
-    if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return fd

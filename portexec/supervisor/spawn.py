@@ -8,7 +8,7 @@ import os
 
 from portexec import execute
 from portexec.handoff import Plan
-from portexec.supervisor import child, seccomp, signals
+from portexec.supervisor import child, libc, seccomp, signals
 
 
 class Child:
@@ -29,7 +29,7 @@ class Child:
         self.control.close()
         self.inbox.restore()
         self.inbox.close()
-        seccomp.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 0)
+        libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 0)
 
 
 def spawn(plan: Plan, rehearsal_port: int) -> Child:
