@@ -39,6 +39,7 @@ IP_FREEBIND = 15  # ip(7); the scrub works where the loopback interface is down,
 _FIRST_FREE_FD = 3  # a closed standard stream stays closed: no socket of ours becomes descriptor 0, 1 or 2
 _CLIENT_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}
 _NUMBER_TAKEN = (errno.EADDRINUSE, errno.EACCES)
+_SCRUBS = 3
 _MAX_REASONS = 4  # how many candidates an error describes one by one
 
 
@@ -248,6 +249,10 @@ def _bind_tcp(
     guard = guards.get(number) or Guard(number)
     socket = None
     try:
+        if backlog is None and spec.address == "*":
+            # The guard itself shows that it can be had; a flip for this address could not be scrubbed.
+            guards[guard.port] = guard
+            return _socket.socket(-1, -1, -1, os.dup(guard.sockets[0].fileno()))
         socket = _inet_socket(family, spec)
         is_on_all_addresses = family == AF_INET6 and spec.address == "*"
         with Flip(guard, socket):
@@ -389,19 +394,58 @@ class Flip:
         self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
         self.guard.set(SO_REUSEPORT, 1)
 
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.scrub.bind((self.scrub_address, self.guard.port))
-        except OSError:
-            pass  # the worst that remains is what the kernel cached: our own user, this very address
-        self.guard.set(SO_REUSEPORT, 0)
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        is_scrubbed = self._close()
         self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self.was_shared)
         self._show()
         self.scrub.close()
+        if not is_scrubbed and failed is None:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    def _close(self) -> bool:
+        """Scrub, and end the sharing. False: a process of our own user got in, and what it bound could still listen.
+
+        Between the two it may bind and replace what the scrub left; then once more. Where a listener of ours has the whole
+        other family, there is no room for a scrub, and what the kernel caches stays: our own user, this very address.
+        """
+        for _ in range(_SCRUBS):
+            has_room = _can_bind(self.scrub, self.scrub_address, self.guard.port)
+            self.guard.set(SO_REUSEPORT, 0)
+            if not has_room or self._is_scrubbed():
+                return True
+            self.scrub.close()
+            self.scrub, self.scrub_address = _make_scrub(self.socket.family)
+            self.guard.set(SO_REUSEPORT, 1)
+        self.guard.set(SO_REUSEPORT, 0)
+        return False
+
+    def _is_scrubbed(self) -> bool:
+        """Whether the kernel remembers the scrub: its address can be bound once more, and another one cannot.
+
+        Not asked where nobody is of the same user, where the socket shares by itself, and where no scrub has an effect.
+        """
+        is_wildcard = self.socket.getsockname()[0] in ("0.0.0.0", "::")
+        if self.owners or self.was_shared or (is_wildcard and self.scrub.family == self.socket.family):
+            return True
+        if _is_on_all_addresses(self.socket):
+            return True
+        try:
+            again, _ = _make_scrub(self.socket.family)
+            other, other_address = _make_scrub(self.socket.family)
+        except OSError:
+            return True  # no descriptors left to find out with
+        try:
+            return _can_bind(again, self.scrub_address, self.guard.port) and not _can_bind(
+                other, other_address, self.guard.port
+            )
+        finally:
+            again.close()
+            other.close()
 
     def _hide(self) -> None:
         try:
-            for socket in (self.scrub, self.socket, *self.guard.sockets):
+            os.fchown(self.scrub.fileno(), self.disguise, -1)
+            for socket in (self.socket, *self.guard.sockets):
                 owner = _owner_of(socket)
                 if owner != self.disguise:
                     os.fchown(socket.fileno(), self.disguise, -1)
@@ -428,6 +472,14 @@ def can_flip(guard: Guard, socket: _socket.socket) -> bool:
         for each in guard.sockets:
             os.fchown(each.fileno(), owner, -1)
             os.fchown(each.fileno(), ours, -1)
+    except OSError:
+        return False
+    return True
+
+
+def _can_bind(socket: _socket.socket, address: str, port: int) -> bool:
+    try:
+        socket.bind((address, port))
     except OSError:
         return False
     return True

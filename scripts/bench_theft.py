@@ -177,9 +177,10 @@ def compare_close_then_bind(launches: int, thieves: int) -> None:
     print(f"\nclose-then-bind, the way of the other tools: {launches} launches on 127.0.0.1\n")
     rows = []
     for kind in kinds(os.geteuid() == 0):
+        if not may_run(kind):
+            continue
         for text, moment in (("at once", 0.0), ("after 1 ms", 0.001), ("after 20 ms", 0.02)):
-            if may_run(kind):
-                rows.append([f"{kind.text}, bound again {text}", *close_then_bind_row(kind, moment, launches, thieves)])
+            rows.append([f"{kind.text}, bound again {text}", *close_then_bind_row(kind, moment, launches, thieves)])
     print_table(["thieves", "launches", "failed starts", "guests", "thefts"], rows)
 
 

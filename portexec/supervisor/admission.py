@@ -189,6 +189,8 @@ class Admission:
         try:
             listen_past(guard, socket, lambda: libc.listen(socket.fileno(), backlog))
         except OSError as error:
+            if socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN):
+                socket.shutdown(_socket.SHUT_RDWR)
             self._report_strangers(guard.port)
             return error.errno or errno.EADDRINUSE
         if self._report_strangers(guard.port, socket):
@@ -228,7 +230,9 @@ class Admission:
         strangers = tcp_table.listening_inodes(port) - self._admitted[port] - own
         for inode in strangers:
             owner = tcp_table.process_of(inode)
-            self.observer.in_the_way(port, f"pid {owner[0]}, {owner[1]}" if owner else "a process that has ended")
+            self.observer.in_the_way(
+                port, f"pid {owner[0]}, {owner[1]}" if owner else "a process that has ended, or that /proc does not show"
+            )
         return bool(strangers)
 
     def _gate_if_refused(self, error: OSError, ports: Iterable[int]) -> int | None:
