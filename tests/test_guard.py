@@ -1,8 +1,8 @@
 """The hand-off `guard`, case by case: an unmodified program binds its number in every way, and nothing is different.
 
 The cases are those in which replacing the command's socket, a thread id taken for a process id, or a handler that fails would
-show. Not cases here, since they cannot be made without another kernel: Yama 2 and 3, a kernel without WAIT_KILLABLE_RECV, a
-kernel without tcp_diag, io_uring's own bind.
+show. Refused system calls, older kernels' seccomp, signals, io_uring and 32-bit programs are in test_guard_faults. Not cases
+anywhere, since they need another kernel: Yama 2 and 3, pidfds before Linux 6.9.
 """
 
 from __future__ import annotations
