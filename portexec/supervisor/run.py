@@ -228,6 +228,7 @@ class Supervisor:
                 signals.send(pid, _signal.SIGKILL if is_over else _signal.SIGTERM)
             told |= tree
             self._wait(_TREE_POLL)
+        self._reap()
 
     def _leave_an_answerer(self) -> None:
         """Leave a process behind that answers what the command left running, until the last of it is gone.
