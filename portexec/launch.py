@@ -119,7 +119,7 @@ def _plan(request: Request, choice: handoff.Choice, bound: sockets.Bound) -> Lau
         complete,
         passed=passed,
         first_fd=request.lowest_fd,
-        kept=() if choice.hand_off == handoff.GUARD else bound.guard_descriptors(),
+        kept=bound.guard_descriptors() if choice.hand_off == handoff.FD else (),  # `hold` adds its own below
         for_pid=bool(names) and not request.chosen.no_pid,
     )
     ports = {listener.name: listener.port for listener in bound.listeners}

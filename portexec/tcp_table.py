@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # include/net/tcp_states.h
-ESTABLISHED = 1
 TIME_WAIT = 6
 LISTEN = 10
 
