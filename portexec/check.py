@@ -99,4 +99,4 @@ def _guard() -> str:
     finally:
         bound.close()
     supervised.cancel()
-    return _GATED if supervised.admission.was_gated else _PROXIED
+    return _GATED if supervised.was_gated else _PROXIED

@@ -12,13 +12,16 @@ from portexec.launch import Launch, prepare
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import NoReturn
+    from collections.abc import Callable, Sequence
+    from typing import NoReturn, TypeVar
 
-    from portexec.supervisor.run import Supervised
+    from portexec.supervision import Supervision
+    from portexec.supervisor.run import Admitted
+    from portexec.supervisor.shim import Shim
+
+    T = TypeVar("T", Admitted, Shim)
 
 _STDOUT = 1
-_KILL_AFTER = "5s"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,39 +50,65 @@ def _run(chosen: options.Options) -> int:
         return _print(check.report_json() if chosen.json else check.report_text())
     if not chosen.command:
         raise PortexecError("no command to run", f"it comes last: {options.USAGE}")
-    kill_after = options.duration(chosen.kill_after or _KILL_AFTER, "--kill-after")
+    kill_after = options.kill_after(chosen)
     launch = prepare(chosen)
     if chosen.dry_run:
         return _show_plan(launch, as_json=chosen.json)
-    supervised = _rehearse(launch) if launch.choice.hand_off == handoff.GUARD else None
     try:
-        _publish(launch, chosen)
-        try:
-            if supervised is not None:
-                return _supervise(supervised, chosen, launch, kill_after)
-            execute.execute(launch.plan)
-        except PortexecError:
-            publish.withdraw(chosen.port_file, launch.bound.listeners[0].port)
-            raise
+        if launch.supervision is not None:
+            return _stay(launch, launch.supervision, chosen)
+        return _become_or_wait(launch, chosen, kill_after)
     except BaseException:
         launch.bound.remove_paths()
-        if supervised is not None:
-            supervised.cancel()
         raise
 
 
-def _rehearse(launch: Launch) -> Supervised | None:
-    """Start the child of hand-off `guard`, or where that cannot be had and `auto` allows it, turn to `hold`."""
-    from portexec import privileges
-    from portexec.supervisor import start
+def _stay(launch: Launch, asked: Supervision, chosen: options.Options) -> int:
+    """Be the parent of a command that was given a lifetime."""
+    from portexec.supervisor.run import end_as
+    from portexec.supervisor.stay import Stay
 
+    stay = Stay(launch, asked, quiet=chosen.quiet, verbose=chosen.verbose)
+    if _start(launch, stay.start) is None:
+        _start(launch, stay.start)  # as `hold`
+    outcome = stay.run(_publish(launch, chosen))
+    if outcome.error is not None:
+        _print_error(outcome.error)
+    return end_as(outcome.wait_status)
+
+
+def _become_or_wait(launch: Launch, chosen: options.Options, kill_after: float) -> int:
+    """Become the command, or with hand-off `guard` wait for it."""
+    supervised = _start(launch, lambda: _rehearse(launch)) if launch.choice.hand_off == handoff.GUARD else None
     try:
-        if not launch.choice.is_final and (danger := privileges.lost_by(launch.plan.file)):
-            raise RefusedError(danger)
-        supervised = start(launch.plan, launch.bound.guards, launch.remap)
-        if supervised.admission.was_gated:
+        published = _publish(launch, chosen)
+        try:
+            if supervised is None:
+                execute.execute(launch.plan)
+            wait_status, is_over = _wait_for(supervised, chosen, launch, kill_after)
+        except PortexecError:
+            published.withdraw()
+            raise
+    except BaseException:
+        if supervised is not None:
+            supervised.cancel()
+        raise
+    if is_over:
+        published.withdraw()
+    from portexec.supervisor.run import end_as
+
+    return end_as(wait_status)
+
+
+def _start(launch: Launch, start: Callable[[], T]) -> T | None:
+    """Start a child. Where hand-off `guard` cannot be had and `auto` allows it, turn to `hold` and return None."""
+    try:
+        if launch.choice.hand_off == handoff.GUARD and not launch.choice.is_final:
+            _require_no_danger(launch)
+        started = start()
+        if started.was_gated:
             launch.choice.why += "; gated, since pidfd_getfd(2) is denied"
-        return supervised
+        return started
     except OSError as error:
         launch.bound.close()
         raise PortexecError(f"cannot start the command: {reason(error)}") from error
@@ -94,14 +123,29 @@ def _rehearse(launch: Launch) -> Supervised | None:
         return None
 
 
-def _supervise(supervised: Supervised, chosen: options.Options, launch: Launch, kill_after: float) -> int:
+def _require_no_danger(launch: Launch) -> None:
+    from portexec import privileges
+
+    if danger := privileges.lost_by(launch.plan.file):
+        raise RefusedError(danger)
+
+
+def _rehearse(launch: Launch) -> Admitted:
+    from portexec.supervisor import start
+
+    return start(launch.plan, launch.bound.guards, launch.remap)
+
+
+def _wait_for(supervised: Admitted, chosen: options.Options, launch: Launch, kill_after: float) -> tuple[int, bool]:
+    """Wait for a command that binds the number itself; returns its wait status, and whether nothing of it goes on."""
     from portexec.supervisor import run
 
     supervised.go()
     from portexec.supervisor.diagnosis import Diagnosis  # beside the command, which is on its way
 
     diagnosis = Diagnosis(launch.bound.guards, quiet=chosen.quiet, verbose=chosen.verbose)
-    return run.end_as(run.Supervisor(supervised, diagnosis, kill_after, is_killed=chosen.kill_after is not None).run())
+    supervisor = run.Supervisor(supervised, diagnosis, kill_after, is_killed=chosen.kill_after is not None)
+    return supervisor.run(), not supervisor.has_left_an_answerer
 
 
 def _show_plan(launch: Launch, *, as_json: bool) -> int:
@@ -113,20 +157,19 @@ def _show_plan(launch: Launch, *, as_json: bool) -> int:
         launch.bound.close()
 
 
-def _publish(launch: Launch, chosen: options.Options) -> None:
+def _publish(launch: Launch, chosen: options.Options) -> publish.Published:
     """Tell whoever is to know: files first, since they can fail, then stderr."""
     listeners = launch.bound.listeners
-    publish.publish_files(chosen.port_file, chosen.export, listeners[0].port, launch.variables)
+    published = publish.publish_files(chosen.port_file, chosen.export, listeners[0].port, launch.variables)
     if chosen.verbose:
         from portexec import explain
 
         publish.say(explain.verbose(launch))
-    if chosen.quiet:
-        return
-    if chosen.json:
+    if chosen.json and not chosen.quiet:
         publish.say(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
-    else:
+    elif not chosen.quiet:
         publish.say(publish.announcement(listeners))
+    return published
 
 
 def _print(text: str) -> int:

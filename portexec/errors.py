@@ -1,11 +1,12 @@
 """What can go wrong, and the exit statuses that say so.
 
-The statuses are those of coreutils' `timeout` and `env`: 125 when the wrapper itself failed, 126 when the command was found
-but cannot be executed, 127 when it was not found.
+The statuses are those of coreutils' `timeout` and `env`: 124 when the time ran out, 125 when the wrapper itself failed, 126
+when the command was found but cannot be executed, 127 when it was not found.
 """
 
 from __future__ import annotations
 
+STATUS_TIMEOUT = 124
 STATUS_FAILURE = 125
 STATUS_CANNOT_EXECUTE = 126
 STATUS_NOT_FOUND = 127

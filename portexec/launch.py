@@ -7,6 +7,13 @@ import os
 from portexec import activation, environment, execute, handoff, options, sockets, spec, templates
 from portexec.errors import PortexecError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from portexec.supervision import Supervision
+
+SHELL = "/bin/sh"
 _MAX_BACKLOG = 2**31 - 1
 _MAX_FD = 2**20
 
@@ -18,7 +25,7 @@ class Request:
     sockets that another activator handed to us (`inherited`, by name).
     """
 
-    __slots__ = ("backlog", "chosen", "extra", "given", "inherited", "lowest_fd", "remap", "specs")
+    __slots__ = ("backlog", "chosen", "extra", "given", "inherited", "lowest_fd", "remap", "specs", "supervision")
 
     def __init__(self, chosen: options.Options) -> None:
         self.chosen = chosen
@@ -29,15 +36,30 @@ class Request:
         self.lowest_fd = self._lowest_fd()
         self.remap = handoff.parse_remap(chosen.remap, self.specs)
         self.extra = dict(_split_assignment(text) for text in chosen.env)
+        self.supervision = self._supervision()
 
     def _lowest_fd(self) -> int:
         if self.chosen.first_fd is None:
             return activation.FIRST_FD
         return options.number(self.chosen.first_fd, "--first-fd", 0, _MAX_FD)
 
+    def _supervision(self) -> Supervision | None:
+        if not self.chosen.lifetime():
+            return None
+        from portexec.supervision import Supervision
+
+        return Supervision(self.chosen)
+
     @property
     def first_fd(self) -> int:
         return self.lowest_fd + len(self.inherited)
+
+    def environment(
+        self, from_files: Mapping[str, str], injected: Mapping[str, str], values: Mapping[str, str]
+    ) -> dict[str, str]:
+        """The whole environment of a command, with these variables and, in what the user set, these templates."""
+        extra = {name: templates.expand(text, values) for name, text in self.extra.items()}
+        return environment.compose(self.given, from_files, injected, extra, without=activation.VARIABLES)
 
     def choose(self) -> handoff.Choice:
         """The hand-off for this request. Raises PortexecError when it cannot be had."""
@@ -51,14 +73,16 @@ class Request:
 class Launch:
     """A plan with all that is bound for it, which it owns until the command has it.
 
-    `variables` are the injected numbers; `first_fd` is the descriptor of the first listener, None if none is passed; `remap`
-    goes from fixed numbers to ours.
+    `from_files` are the variables of the env files, `variables` the injected numbers; `first_fd` is the descriptor of the first
+    listener, None if none is passed; `remap` goes from fixed numbers to ours.
     """
 
-    __slots__ = ("bound", "choice", "first_fd", "plan", "remap", "variables")
+    __slots__ = ("bound", "choice", "first_fd", "from_files", "plan", "remap", "request", "variables")
 
     def __init__(
         self,
+        request: Request,
+        from_files: dict[str, str],
         choice: handoff.Choice,
         bound: sockets.Bound,
         plan: handoff.Plan,
@@ -66,6 +90,8 @@ class Launch:
         first_fd: int | None,
         remap: dict[int, int],
     ) -> None:
+        self.request = request
+        self.from_files = from_files
         self.choice = choice
         self.bound = bound
         self.plan = plan
@@ -79,6 +105,22 @@ class Launch:
         self.plan.kept = self.bound.guard_descriptors()
         self.bound.open_to_reusers()
 
+    @property
+    def supervision(self) -> Supervision | None:
+        """What was asked of the parent; None where none has to stay, or the one of `guard` alone will do."""
+        if self.choice.hand_off == handoff.GUARD and self.request.chosen.lifetime() == ["--kill-after"]:
+            return None
+        return self.request.supervision
+
+    def plan_shell(self, script: str) -> handoff.Plan:
+        """A plan for the shell to run this script, which has the templates and the environment but no listener."""
+        values = handoff.template_values(self.bound.listeners, None)
+        return handoff.Plan(
+            SHELL,
+            ["sh", "-c", templates.expand(script, values)],
+            self.request.environment(self.from_files, self.variables, values),
+        )
+
 
 def prepare(chosen: options.Options) -> Launch:
     """Bind what was asked for and plan the command's start. Raises PortexecError, with nothing left bound."""
@@ -89,6 +131,8 @@ def prepare(chosen: options.Options) -> Launch:
             "only Linux has a hand-off for commands that bind the number themselves",
             "use a server that takes a descriptor, as {fd} in its words",
         )
+    if request.supervision is not None:
+        request.supervision.require_possible(choice, request.specs)
     listening = choice.hand_off == handoff.FD
     bound = sockets.bind_all(request.specs, listening=listening, backlog=request.backlog)
     try:
@@ -103,13 +147,8 @@ def _plan(request: Request, choice: handoff.Choice, bound: sockets.Bound) -> Lau
     variables = handoff.injected(bound.listeners)
     values = handoff.template_values(bound.listeners, first_fd)
     names = handoff.announced_names(choice, request.inherited, bound.listeners, request.lowest_fd)
-    complete = environment.compose(
-        request.given,
-        environment.read_env_files(request.chosen.env_file, request.given | variables),
-        variables | activation.variables(names),
-        {name: templates.expand(text, values) for name, text in request.extra.items()},
-        without=activation.VARIABLES,
-    )
+    from_files = environment.read_env_files(request.chosen.env_file, request.given | variables)
+    complete = request.environment(from_files, variables | activation.variables(names), values)
     passed = handoff.descriptors(request.inherited, bound.listeners)
     _require_room(request.lowest_fd + len(passed))
     argv = [templates.expand(word, values) for word in request.chosen.command]
@@ -124,7 +163,7 @@ def _plan(request: Request, choice: handoff.Choice, bound: sockets.Bound) -> Lau
     )
     ports = {listener.name: listener.port for listener in bound.listeners}
     remap = {fixed: ports[name] for fixed, name in request.remap.items()}
-    launch = Launch(choice, bound, plan, variables, first_fd, remap)
+    launch = Launch(request, from_files, choice, bound, plan, variables, first_fd, remap)
     if choice.hand_off == handoff.HOLD:
         launch.hold(choice.why)
     return launch

@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+LIFETIME = "Lifetime"
+_KILL_AFTER = "5s"
 USAGE = "portexec [OPTION]... [--] COMMAND [ARG]..."
 
 
@@ -68,8 +70,16 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
         ),
     ),
     (
-        "Lifetime",
-        (Option("-k", "--kill-after", "DURATION", "TERM to KILL for what is left behind; default 5s"),),
+        LIFETIME,
+        (
+            Option("", "--then", "COMMAND", "when ready, run this in a shell; stop when it ends"),
+            Option("", "--ready", "FORM", "listen|accept|http[:PATH]|notify|none: what counts as ready"),
+            Option("", "--ready-timeout", "DURATION", "give up with status 124; default 60s"),
+            Option("", "--ready-fd", "N", "write one JSON line to descriptor N when ready"),
+            Option("", "--restart", "no|on-failure|always", "start the command again, on the same socket"),
+            Option("", "--lazy", "", "start the command at the first connection"),
+            Option("-k", "--kill-after", "DURATION", "TERM to KILL for what is left behind; default 5s"),
+        ),
     ),
     (
         "Other",
@@ -89,6 +99,7 @@ Bind a free port first, then run COMMAND with it: nobody can take the port in be
   portexec -- uvicorn app:app --fd 3            serve on an inherited socket
   portexec -- npm start                         serve on $PORT
   portexec -l 3000,0 -- vite --port {{port}}      3000 if it is free, else any port
+  portexec --then 'npm test' -- npm start       test the server, stop it, end as the tests did
 """
 
 _HELP_TAIL = """
@@ -104,8 +115,11 @@ LISTEN_FDS. With guard it binds the number itself, and nobody else can. With hol
 binds it itself, and so could another that names it and sets SO_REUSEADDR. auto is fd
 when the command names the descriptor ({fd}, --fd 3, fd://3), else guard, else hold.
 
-Exit status: the command's own; 125 if portexec itself failed, 126 if the command
-cannot be executed, 127 if it was not found.
+Any option under Lifetime makes portexec stay as the parent. HUP to it, with --restart and
+fd, starts the command anew beside the old one, which is stopped when the new is ready.
+
+Exit status: the command's own, or that of --then; 124 if it was not ready in time, 125
+if portexec itself failed, 126 if the command cannot be executed, 127 if it was not found.
 """
 
 
@@ -126,12 +140,25 @@ class Options:
         self.json = False
         self.quiet = False
         self.verbose = False
+        self.then: str | None = None
+        self.ready: str | None = None
+        self.ready_timeout: str | None = None
+        self.ready_fd: str | None = None
+        self.restart: str | None = None
+        self.lazy = False
         self.kill_after: str | None = None
         self.dry_run = False
         self.check = False
         self.help = False
         self.version = False
         self.command: list[str] = []
+
+    def lifetime(self) -> list[str]:
+        """The options given that make portexec stay as the parent."""
+        return [option.long for title, group in GROUPS for option in group if title == LIFETIME and self._is_given(option)]
+
+    def _is_given(self, option: Option) -> bool:
+        return getattr(self, option.field) not in (None, False)
 
 
 def parse(words: Sequence[str]) -> Options:
@@ -206,6 +233,11 @@ def duration(text: str, option: str) -> float:
         if text.endswith(unit) and amount.isascii() and amount.replace(".", "", 1).isdigit():
             return float(amount) * seconds
     raise PortexecError(f"{option} {text!r} is no duration", "write a number and a unit: 500ms, 5s, 2m")
+
+
+def kill_after(options: Options) -> float:
+    """The seconds from TERM to KILL."""
+    return duration(_KILL_AFTER if options.kill_after is None else options.kill_after, "--kill-after")
 
 
 def help_text() -> str:

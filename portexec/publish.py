@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _signal
 import errno
+import fcntl
 import os
 import stat
 
@@ -61,7 +62,29 @@ def described(listeners: Sequence[Listener], first_fd: int | None) -> list[dict[
     return described
 
 
-def publish_files(port_file: str | None, export: str | None, port: int, variables: Mapping[str, str]) -> None:
+class Published:
+    """The files that were written, so that they can be withdrawn.
+
+    `lines` is what was appended to the export file if that is a file of ours, which was not there before; else it is empty.
+    """
+
+    __slots__ = ("export", "lines", "port", "port_file")
+
+    def __init__(self, port_file: str | None, port: int, export: str | None, lines: bytes) -> None:
+        self.port_file = port_file
+        self.port = port
+        self.export = export
+        self.lines = lines
+
+    def withdraw(self) -> None:
+        """Remove the files that are still ours: a port file with our number, an export file with nothing but our lines."""
+        if self.port_file is not None:
+            _remove_if_it_has(self.port_file, b"%d\n" % self.port)
+        if self.export is not None and self.lines:
+            _remove_if_it_has(self.export, self.lines)
+
+
+def publish_files(port_file: str | None, export: str | None, port: int, variables: Mapping[str, str]) -> Published:
     """Write the port file and append to the export file; raise PortexecError with neither changed if one cannot be.
 
     Signals that would end us wait until it is done.
@@ -69,8 +92,9 @@ def publish_files(port_file: str | None, export: str | None, port: int, variable
     mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
         temporary = _prepare_port_file(port_file, port) if port_file is not None else None
+        lines = lines_of(variables)
         try:
-            appended = _append(export, "".join(f"{name}={value}\n" for name, value in variables.items())) if export else 0
+            appended, is_new = _append(export, lines) if export else (0, False)
         except PortexecError:
             if temporary is not None:
                 os.unlink(temporary)
@@ -82,22 +106,30 @@ def publish_files(port_file: str | None, export: str | None, port: int, variable
                 os.unlink(temporary)
                 _take_back(export, appended)
                 raise _cannot_write("port file", port_file, error) from error
+        return Published(port_file, port, export, lines if is_new else b"")
     finally:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
 
 
-def withdraw(port_file: str | None, port: int) -> None:
-    """Remove the port file, if it is still ours: if it holds our number."""
-    if port_file is None:
+def lines_of(variables: Mapping[str, str]) -> bytes:
+    """What is appended to an export file."""
+    return os.fsencode("".join(f"{name}={value}\n" for name, value in variables.items()))
+
+
+def _remove_if_it_has(path: str, content: bytes) -> None:
+    """Remove a file that has this content and no other."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
         return
     try:
-        fd = os.open(port_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        is_ours = os.read(fd, 16) == b"%d\n" % port
-        os.close(fd)
-        if is_ours:
-            os.unlink(port_file)
+        _lock(fd)
+        if os.read(fd, len(content) + 1) == content and os.path.samestat(os.fstat(fd), os.lstat(path)):
+            os.unlink(path)
     except OSError:
         pass
+    finally:
+        os.close(fd)
 
 
 def _prepare_port_file(path: str, port: int) -> str:
@@ -139,11 +171,13 @@ def _require_replaceable(path: str) -> None:
         raise OSError(errno.EEXIST, "there is something that is no regular file")
 
 
-def _append(path: str, text: str) -> int:
-    """Append whole lines in one write(2), which O_APPEND keeps apart from those of other launches. Returns their bytes."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+def _append(path: str, lines: bytes) -> tuple[int, bool]:
+    """Append whole lines in one write(2), which O_APPEND keeps apart from those of other launches.
+
+    Returns how many bytes that were, and whether the file is new.
+    """
     try:
-        fd = os.open(path, flags, _MODE)
+        fd, is_new = _open_to_append(path)
     except OSError as error:
         raise _cannot_write("export file", path, error) from error
     try:
@@ -151,7 +185,7 @@ def _append(path: str, text: str) -> int:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         unfinished = status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n"
-        data = os.fsencode("\n" + text if unfinished else text)
+        data = b"\n" + lines if unfinished else lines
         try:
             _write_all(fd, data)
         except OSError:
@@ -161,7 +195,32 @@ def _append(path: str, text: str) -> int:
         raise _cannot_write("export file", path, error) from error
     finally:
         os.close(fd)
-    return len(data)
+    return len(data), is_new
+
+
+def _open_to_append(path: str) -> tuple[int, bool]:
+    """Open and lock a file, and tell whether it was made. One that another launch withdraws meanwhile is made anew."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        try:
+            fd, is_new = os.open(path, flags | os.O_CREAT | os.O_EXCL, _MODE), True
+        except FileExistsError:
+            try:
+                fd, is_new = os.open(path, flags), False
+            except FileNotFoundError:
+                continue
+        _lock(fd)
+        if os.fstat(fd).st_nlink:
+            return fd, is_new
+        os.close(fd)
+
+
+def _lock(fd: int) -> None:
+    """Keep other launches out until the descriptor is closed, where the file system can."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError:
+        pass
 
 
 def _take_back(path: str | None, length: int) -> None:

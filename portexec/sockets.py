@@ -28,7 +28,7 @@ from portexec.spec import ListenSpec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     Address = tuple[str, int] | tuple[str, int, int, int]
 
@@ -71,6 +71,11 @@ class Listener:
         self.socket = socket
         self.named = named
 
+    def follow(self, hosts: Sequence[str]) -> None:
+        """Take the address at which the command really listens, unless one of them covers the one that it was given."""
+        if not any(covers(host, self.host.strip("[]")) for host in hosts if host):
+            self.host = next((in_url(_CLIENT_HOST.get(host, host)) for host in hosts if host), self.host)
+
     @property
     def url(self) -> str:
         """Where a client finds it: `http://HOST:PORT`, `udp://HOST:PORT` or `unix:PATH`."""
@@ -85,9 +90,10 @@ class Bound:
     `guards` has one guard for each number; listeners may share a number on different addresses.
     """
 
-    __slots__ = ("guards", "listeners")
+    __slots__ = ("backlog", "guards", "listeners")
 
-    def __init__(self) -> None:
+    def __init__(self, backlog: int) -> None:
+        self.backlog = backlog
         self.listeners: list[Listener] = []
         self.guards: dict[int, Guard] = {}
 
@@ -101,6 +107,18 @@ class Bound:
         """
         for guard in self.guards.values():
             guard.set(SO_REUSEADDR, 1)
+
+    def release_guards(self) -> None:
+        """Close our copies of guards that another process has."""
+        for guard in self.guards.values():
+            guard.close()
+
+    def listen_again(self) -> None:
+        """Let the TCP listeners listen that a server has shut down when it ended, as some do (shutdown(2)). Raises OSError."""
+        for listener in self.listeners:
+            socket = listener.socket
+            if listener.kind == "tcp" and socket is not None and not socket.getsockopt(SOL_SOCKET, _socket.SO_ACCEPTCONN):
+                _listen_again(self.guards.get(listener.port), socket, self.backlog)
 
     def close(self) -> None:
         """Give everything back: close the sockets, and remove the unix sockets that were made."""
@@ -128,10 +146,10 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) 
     the number itself.
     Raises PortexecError, with nothing left bound, when any of them cannot be had.
     """
-    bound = Bound()
+    bound = Bound(backlog or _socket.SOMAXCONN)
     try:
         for spec in specs:
-            bound.listeners.append(_bind(spec, bound.guards, backlog or _socket.SOMAXCONN if listening else None))
+            bound.listeners.append(_bind(spec, bound.guards, bound.backlog if listening else None))
     except OSError as error:
         bound.close()
         raise _exhausted(error) from error
@@ -156,7 +174,7 @@ def _bind(spec: ListenSpec, guards: dict[int, Guard], backlog: int | None) -> Li
     return Listener(
         spec.name,
         spec.kind,
-        host=f"[{host}]" if ":" in host else host,
+        host=in_url(host),
         port=port,
         socket=None if backlog is None else socket,
         named=spec.named,
@@ -459,6 +477,16 @@ class Flip:
         self.owners.clear()
 
 
+def in_url(host: str) -> str:
+    """An address as it stands in a URL: an IPv6 one in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def covers(one: str, other: str) -> bool:
+    """Whether a listener on one address gets what is sent to the other; `*` stands for both families."""
+    return one in (other, "*") or (one == "0.0.0.0" and ":" not in other) or (one == "::" and ":" in other)
+
+
 def _owner_of(socket: _socket.socket) -> int:
     return os.fstat(socket.fileno()).st_uid
 
@@ -529,6 +557,13 @@ def listen_past(guard: Guard, socket: _socket.socket, listen: Callable[[], None]
         socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuses_address)
     with Flip(guard, socket):
         return listen()
+
+
+def _listen_again(guard: Guard | None, socket: _socket.socket, backlog: int) -> None:
+    if guard is None:
+        socket.listen(backlog)
+    else:
+        listen_past(guard, socket, lambda: socket.listen(backlog))
 
 
 def _is_on_all_addresses(socket: _socket.socket) -> bool:

@@ -13,20 +13,26 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 # include/net/tcp_states.h
+_ESTABLISHED = 1
+_SYN_RECV = 3
 TIME_WAIT = 6
 LISTEN = 10
 
 _NETLINK_HEADER = struct.Struct("=IHHII")  # length, kind, flags, sequence number, port id
-_DIAG_REQUEST = struct.Struct("=BBBBI2s46x")  # family, protocol, extensions, padding, states, source port, rest of the id
+_DIAG_REQUEST = struct.Struct("=BBBBI48s")  # family, protocol, extensions, padding, states, struct inet_diag_sockid
 _DIAG_INODE = 68  # of the u32 idiag_inode in struct inet_diag_msg
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
-_REQUEST_DUMP = 0x301
+_REQUEST = 0x1
+_DUMP = 0x300
 _NETLINK_ERROR = 2
 _NETLINK_DONE = 3
+_ANY_STATE = 0xFFFFFFFF
+_NO_COOKIE = b"\xff" * 8
+_FAMILIES = {4: _socket.AF_INET, 16: _socket.AF_INET6}
 
 
 class TcpSocket:
@@ -47,21 +53,62 @@ def sockets_on(port: int) -> list[TcpSocket]:
 
 
 def listening_inodes(port: int) -> set[int]:
-    """The inodes of the sockets that listen on this number, in this network namespace.
+    """The inodes of the sockets that listen on this number, in this network namespace."""
+    return {socket.inode for socket in _listening(port)}
 
-    Asked of sock_diag(7), which looks at listening sockets only; where that is refused or not built in, of /proc.
+
+def listening_hosts(port: int) -> list[str]:
+    """The addresses at which somebody listens on this number; `::` may be one for both families."""
+    return [_socket.inet_ntop(_FAMILIES[len(socket.address)], socket.address) for socket in _listening(port)]
+
+
+def accepted_inode(server: tuple[str, int], client: tuple[str, int]) -> int | None:
+    """The inode of the server's end of a connection on this machine, 0 if it is closed again; None until it was accepted.
+
+    Until then the kernel shows it with inode 0. Raises OSError where sock_diag(7) is refused or not built in.
     """
+    family = _socket.AF_INET6 if ":" in server[0] else _socket.AF_INET
+    numbers = server[1].to_bytes(2, "big") + client[1].to_bytes(2, "big")
+    addresses = b"".join(_socket.inet_pton(family, host).ljust(16, b"\0") for host in (server[0], client[0]))
     try:
-        return _diag_listening(_socket.AF_INET, port) | _diag_listening(_socket.AF_INET6, port)
+        found = list(_ask(family, _REQUEST, _ANY_STATE, numbers + addresses + bytes(4) + _NO_COOKIE))
+    except FileNotFoundError:
+        found = []
+    for socket in found:
+        if socket.state in (_ESTABLISHED, _SYN_RECV):
+            return socket.inode or None
+        if socket.state == LISTEN:
+            return None
+    return 0
+
+
+def unix_backlog(path: str) -> int:
+    """How many connections to a unix socket, named as in /proc/net/unix, have not been accepted: those have inode 0 there."""
+    suffix = b" " + os.fsencode(path) + b"\n"
+    try:
+        with open("/proc/net/unix", "rb") as table:
+            return sum(line.endswith(suffix) and line.split(None, 7)[6] == b"0" for line in table)
     except OSError:
-        return {socket.inode for socket in sockets_on(port) if socket.state == LISTEN}
+        return 0
 
 
-def _diag_listening(family: int, port: int) -> set[int]:
-    """Dump the listening sockets of one family: linux/netlink.h, linux/inet_diag.h (struct inet_diag_req_v2 and its answer)."""
-    request = _DIAG_REQUEST.pack(family, _socket.IPPROTO_TCP, 0, 0, 1 << LISTEN, port.to_bytes(2, "big"))
-    header = _NETLINK_HEADER.pack(_NETLINK_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0)
-    inodes: set[int] = set()
+def _listening(port: int) -> list[TcpSocket]:
+    """Asked of sock_diag(7), which looks at listening sockets only; where that is refused or not built in, of /proc."""
+    identity = port.to_bytes(2, "big") + bytes(46)
+    try:
+        return [
+            socket
+            for family in (_socket.AF_INET, _socket.AF_INET6)
+            for socket in _ask(family, _REQUEST | _DUMP, 1 << LISTEN, identity)
+        ]
+    except OSError:
+        return [socket for socket in sockets_on(port) if socket.state == LISTEN]
+
+
+def _ask(family: int, flags: int, states: int, identity: bytes) -> Iterator[TcpSocket]:
+    """Ask for the sockets of one family: linux/netlink.h, linux/inet_diag.h (struct inet_diag_req_v2 and its answer)."""
+    request = _DIAG_REQUEST.pack(family, _socket.IPPROTO_TCP, 0, 0, states, identity)
+    header = _NETLINK_HEADER.pack(_NETLINK_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0)
     socket = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
     try:
         socket.send(header + request)
@@ -71,14 +118,23 @@ def _diag_listening(family: int, port: int) -> set[int]:
             while at + _NETLINK_HEADER.size <= len(answer):
                 length, kind, *_ = _NETLINK_HEADER.unpack_from(answer, at)
                 if kind == _NETLINK_DONE:
-                    return inodes
+                    return
                 if kind == _NETLINK_ERROR:
-                    raise OSError(-int.from_bytes(answer[at + 16 : at + 20], sys.byteorder, signed=True), "sock_diag")
-                body = at + _NETLINK_HEADER.size
-                inodes.add(int.from_bytes(answer[body + _DIAG_INODE : body + _DIAG_INODE + 4], sys.byteorder))
+                    code = -int.from_bytes(answer[at + 16 : at + 20], sys.byteorder, signed=True)
+                    raise OSError(code, os.strerror(code))
+                yield _from_diag(answer[at + _NETLINK_HEADER.size : at + length])
                 at += length + 3 & ~3
+            if not flags & _DUMP:
+                return
     finally:
         socket.close()
+
+
+def _from_diag(message: bytes) -> TcpSocket:
+    """From a struct inet_diag_msg: u8 family and state, and from byte 4 on the ports and addresses."""
+    size = 4 if message[0] == _socket.AF_INET else 16
+    inode = int.from_bytes(message[_DIAG_INODE : _DIAG_INODE + 4], sys.byteorder)
+    return TcpSocket(message[8 : 8 + size], int.from_bytes(message[4:6], "big"), message[1], inode)
 
 
 def _rows(name: str, port: int) -> Iterator[TcpSocket]:
@@ -114,6 +170,11 @@ def process_of(inode: int) -> tuple[int, str] | None:
         if _has_open(pid, wanted):
             return pid, name_of(pid)
     return None
+
+
+def has_open(pids: Iterable[int], inode: int) -> bool:
+    """Whether one of these processes has the socket open."""
+    return any(_has_open(pid, f"socket:[{inode}]") for pid in pids)
 
 
 def _has_open(pid: int, wanted: str) -> bool:

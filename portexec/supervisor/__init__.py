@@ -8,22 +8,35 @@ if TYPE_CHECKING:
 
     from portexec.handoff import Plan
     from portexec.sockets import Guard
-    from portexec.supervisor.run import Supervised
+    from portexec.supervisor.run import Admitted
+    from portexec.supervisor.signals import Inbox
 
 
-def start(plan: Plan, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Supervised:
-    """Start a child for the plan and rehearse admission with it; it then waits for `Supervised.go`.
+def start(plan: Plan, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Admitted:
+    """Make this process, which has one thread, the parent of a child for the plan, and rehearse admission with it.
 
-    To be called in a process with one thread. Raises RefusedError, with nothing left of the attempt, where this machine does
+    The child then waits for `Supervised.go`. Raises RefusedError, with nothing left of the attempt, where this machine does
     not let us; OSError when resources run out.
     """
+    from portexec.supervisor import signals, spawn
+
+    inbox = signals.Inbox()
+    try:
+        return admit(plan, guards, remap, inbox)
+    except BaseException:
+        spawn.take_back(inbox)
+        raise
+
+
+def admit(plan: Plan, guards: Mapping[int, Guard], remap: Mapping[int, int], inbox: Inbox) -> Admitted:
+    """The same in a process whose signals are in an inbox already."""
     from portexec.supervisor.spawn import spawn
 
-    child = spawn(plan, next(iter(guards)))
+    child = spawn(plan, next(iter(guards)), inbox)
     try:
         from portexec.supervisor.run import rehearse  # while the child is busy
 
-        return rehearse(child, guards, remap)
+        return rehearse(child, inbox, guards, remap)
     except BaseException:
-        child.take_back()
+        child.end()
         raise

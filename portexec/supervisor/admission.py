@@ -19,7 +19,7 @@ import sys
 import time
 
 from portexec import tcp_table
-from portexec.sockets import IPPROTO_MPTCP, Flip, Guard, can_flip, listen_past
+from portexec.sockets import IPPROTO_MPTCP, Flip, Guard, can_flip, covers, listen_past
 from portexec.supervisor import libc, seccomp
 
 TYPE_CHECKING = False
@@ -340,8 +340,4 @@ def _host_of(host: str, socket: _socket.socket) -> str:
 
 
 def _overlap(one: str, other: str) -> bool:
-    return _covers(one, other) or _covers(other, one)
-
-
-def _covers(one: str, other: str) -> bool:
-    return one in (other, "*") or (one == "0.0.0.0" and ":" not in other) or (one == "::" and ":" in other)
+    return covers(one, other) or covers(other, one)

@@ -1,8 +1,9 @@
 """The child's side of a supervised start: everything between fork and exec.
 
-    install the filter -> hand over the notify fd -> rehearse -> wait for the word -> execute the plan
+    [install the filter -> hand over the notify fd -> rehearse ->] wait for the word -> execute the plan
 
-Each step's outcome goes to the parent as a message. The socket closes at exec: its end is the news that the command runs.
+What is in brackets belongs to hand-off `guard`. Each step's outcome goes to the parent as a message. The socket closes at
+exec: its end is the news that the command runs.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ SEPARATOR = "\0"
 _STATUS_GONE = 125
 
 
-def main(control: _socket.socket, plan: Plan, rehearsal_port: int, parent: int, inbox: Inbox) -> NoReturn:
+def main(control: _socket.socket, plan: Plan, rehearsal_port: int | None, parent: int, inbox: Inbox) -> NoReturn:
     """Run the chain to its end. Never returns into the caller's code, which is the parent's.
 
     Should the parent be killed, the kernel kills us, and sends the command TERM.
     """
     try:
         libc.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGKILL)
-        if os.getppid() == parent and _install(control):
-            listener = _rehearse(control, rehearsal_port)
+        if os.getppid() == parent and (rehearsal_port is None or _install(control)):
+            listener = None if rehearsal_port is None else _rehearse(control, rehearsal_port)
             if control.recv(1) == GO:  # until then the listener has to be there: it is looked for
-                listener.close()
+                if listener is not None:
+                    listener.close()
                 libc.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGTERM)
                 inbox.restore()
                 _execute(control, plan)

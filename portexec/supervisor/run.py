@@ -17,9 +17,9 @@ import time
 from portexec.errors import PortexecError, RefusedError
 from portexec.sockets import Guard
 from portexec.supervisor import child as messages
-from portexec.supervisor import libc, seccomp, signals
+from portexec.supervisor import signals, tree
 from portexec.supervisor.admission import Admission, Observer
-from portexec.supervisor.spawn import Child
+from portexec.supervisor.spawn import Child, take_back
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,35 +29,17 @@ if TYPE_CHECKING:
 
 _MAX_MESSAGE = 1 << 16
 _STDERR = 2
-_TREE_POLL = 0.05  # seconds between two looks at a tree that is being stopped; its deaths wake us earlier
 
 
 class Supervised:
-    """A child that is ready to execute the command, or does, with what is needed to look after it."""
+    """A child that is ready to execute the command, or does."""
 
-    def __init__(self, child: Child, admission: Admission) -> None:
+    was_gated = False  # whether anything had to be gated so far
+
+    def __init__(self, child: Child, inbox: signals.Inbox) -> None:
         self.pid = child.pid
-        self.inbox = child.inbox
-        self.admission = admission
-        self.notifications = select.poll()
-        self.notifications.register(admission.notify_fd, select.POLLIN)
+        self.inbox = inbox
         self._child = child
-
-    def has_notifications(self) -> bool:
-        """Whether a call of the command waits for an answer."""
-        return any(event & select.POLLIN for _, event in self.notifications.poll(0))
-
-    def has_filtered_tasks(self) -> bool:
-        """Whether anything below the filter still runs."""
-        return not any(event & select.POLLHUP for _, event in self.notifications.poll(0))
-
-    def descriptors(self) -> set[int]:
-        """All that the parent needs from now on."""
-        return {*self.admission.descriptors(), self.inbox.fileno()}
-
-    def serve(self) -> None:
-        """Answer all calls that wait."""
-        self.admission.serve(self.has_notifications)
 
     def go(self) -> None:
         """Let the child execute the command. What comes of it, `require_started` finds out."""
@@ -76,20 +58,99 @@ class Supervised:
 
     def cancel(self) -> None:
         """End the child, unless it has ended, and make this process again what it was."""
+        self._child.end()
+        take_back(self.inbox)
+
+    def release(self) -> None:
+        """Give back what only this child needed. Nothing of it runs any more."""
+
+    def observe(self, observer: Observer) -> None:
+        """Tell this one from now on what admission sees."""
+
+    def descriptors(self) -> set[int]:
+        """All that the parent needs from now on."""
+        return {self.inbox.fileno()}
+
+    def register(self, poll: select.poll) -> None:
+        """Have this wait for what `attend` is to deal with, too."""
+
+    def attend(self, ready: Mapping[int, int], poll: select.poll) -> None:
+        """Deal with what the poll found, and with what is due."""
+
+    def patience(self) -> float | None:
+        """Seconds until `attend` is due even if nothing happens, None for never."""
+        return None
+
+    def has_filtered_tasks(self) -> bool:
+        """Whether anything below the filter still runs."""
+        return False
+
+
+class Admitted(Supervised):
+    """One whose binds are admitted."""
+
+    def __init__(self, child: Child, inbox: signals.Inbox, admission: Admission) -> None:
+        super().__init__(child, inbox)
+        self.admission = admission
+        self.notifications = select.poll()
+        self.notifications.register(admission.notify_fd, select.POLLIN)
+
+    @property
+    def was_gated(self) -> bool:  # type: ignore[override]
+        return self.admission.was_gated
+
+    def cancel(self) -> None:
         os.close(self.admission.notify_fd)
-        self._child.take_back()
+        super().cancel()
+
+    def release(self) -> None:
+        os.close(self.admission.notify_fd)
+
+    def observe(self, observer: Observer) -> None:
+        self.admission.observer = observer
+
+    def descriptors(self) -> set[int]:
+        return super().descriptors() | self.admission.descriptors()
+
+    def register(self, poll: select.poll) -> None:
+        poll.register(self.admission.notify_fd, select.POLLIN)
+
+    def attend(self, ready: Mapping[int, int], poll: select.poll) -> None:
+        found = ready.get(self.admission.notify_fd, 0)
+        if found & select.POLLIN:
+            self.serve()
+        elif found:
+            poll.unregister(self.admission.notify_fd)  # the last filtered task is gone
+        self.admission.look_at_gates()
+
+    def patience(self) -> float | None:
+        return self.admission.patience()
+
+    def has_filtered_tasks(self) -> bool:
+        return not any(event & select.POLLHUP for _, event in self.notifications.poll(0))
+
+    def serve(self) -> None:
+        """Answer all calls that wait."""
+        self.admission.serve(lambda: any(event & select.POLLIN for _, event in self.notifications.poll(0)))
+
+    def answer_to_the_end(self) -> None:
+        """Answer until nothing is left that could ask."""
+        self.observe(Observer())
+        while self.has_filtered_tasks():
+            self.notifications.poll(_milliseconds(self.patience()))
+            self.serve()
+            self.admission.look_at_gates()
 
 
-def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Supervised:
+def rehearse(child: Child, inbox: signals.Inbox, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Admitted:
     """Serve the child's bind and listen on a number of ours, and hear from it whether they worked. Raises RefusedError."""
-    libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)
     notify_fd = _receive_notify_fd(child.control)
     try:
-        supervised = Supervised(child, Admission(notify_fd, guards, remap, Observer()))
+        supervised = Admitted(child, inbox, Admission(notify_fd, guards, remap, Observer()))
         outcome = _serve_rehearsal(supervised, child.control)
         if outcome != "1":
             raise RefusedError(f"the rehearsal failed: {outcome or 'the child ended'}")
-        if supervised.admission.was_gated and remap:
+        if supervised.was_gated and remap:
             raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
     except BaseException:
         os.close(notify_fd)
@@ -97,7 +158,7 @@ def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]
     return supervised
 
 
-def _serve_rehearsal(supervised: Supervised, control: _socket.socket) -> str:
+def _serve_rehearsal(supervised: Admitted, control: _socket.socket) -> str:
     admission = supervised.admission
     poll = select.poll()
     poll.register(control, select.POLLIN)
@@ -144,30 +205,58 @@ class Supervisor:
         self.kill_after = kill_after
         self.is_killed = is_killed
         self.stop_requests: list[float] = []  # when they came
+        self.is_told_to_stop = False  # with its whole tree, by somebody who does not wait for the command to end
+        self.is_hurried = False  # and at once
         self.was_interrupted = False  # by Ctrl-C, which the command may have a use for
+        self.has_left_an_answerer = False
         self.has_ended = False
         self.wait_status = 0  # of waitpid(2), once it has ended
-        supervised.admission.observer = diagnosis
-        self._poll = select.poll()
-        self._poll.register(supervised.inbox, select.POLLIN)
-        self._poll.register(supervised.admission.notify_fd, select.POLLIN)
+        self.poll = select.poll()
+        self.poll.register(supervised.inbox, select.POLLIN)
+        supervised.observe(diagnosis)
+        supervised.register(self.poll)
 
     def run(self) -> int:
         """Wait for the command's end and return its wait status. Raises PortexecError if it could not be executed."""
         self.supervised.require_started()
         _keep_only({*self.supervised.descriptors(), _STDERR})
-        while not self.has_ended and not self._is_overdue():
-            self._wait(self.kill_after if self.is_killed and self.stop_requests else None)
+        self.wait_for_end()
         if self.stop_requests or self._died_of_ctrl_c():
-            self._stop_tree()
-        elif os.WIFEXITED(self.wait_status):
-            self.diagnosis.ended(os.WEXITSTATUS(self.wait_status))
-        if not self.stop_requests and self.supervised.has_filtered_tasks():
+            self.stop_tree()
+        else:
             self._leave_an_answerer()
         return self.wait_status
 
-    def _is_overdue(self) -> bool:
+    def wait_for_end(self) -> None:
+        """Wait until the command has ended, or it is time to stop its tree."""
+        while not (self.has_ended or self.is_told_to_stop or self.is_overdue()):
+            self._wait(self.kill_after if self.is_killed and self.stop_requests else None)
+        is_stopped = self.stop_requests or self.is_told_to_stop or self._died_of_ctrl_c()
+        if not is_stopped and os.WIFEXITED(self.wait_status):
+            self.diagnosis.ended(os.WEXITSTATUS(self.wait_status))
+
+    def is_overdue(self) -> bool:
+        """Whether the command was told to stop, and its time is over."""
         return self.is_killed and bool(self.stop_requests) and time.monotonic() > self.stop_requests[0] + self.kill_after
+
+    def stop_tree(self) -> None:
+        """TERM to all that is left running, KILL to what is left after the given time or a second request."""
+        requests = len(self.stop_requests)
+        stop = tree.Stop(0 if self.is_overdue() else self.kill_after)
+        while stop.step() or not self.has_ended:
+            self._wait(tree.POLL)
+            if self.is_hurried or len(self.stop_requests) > requests:
+                stop.hurry()
+        self._reap()
+
+    def attend(self, ready: Mapping[int, int]) -> None:
+        """Deal with what poll(2) found."""
+        self.supervised.attend(ready, self.poll)
+        if self.diagnosis.patience() == 0:
+            self.diagnosis.lose_patience()
+        if self.supervised.inbox.fileno() in ready:
+            for signal in self.supervised.inbox.read():
+                self._handle(signal)
 
     def _died_of_ctrl_c(self) -> bool:
         died = self.has_ended and (
@@ -178,19 +267,9 @@ class Supervisor:
 
     def _wait(self, longest: float | None = None) -> None:
         """Wait for whatever comes first, and deal with it."""
-        admission = self.supervised.admission
-        limits = [limit for limit in (admission.patience(), self.diagnosis.patience(), longest) if limit is not None]
-        ready = dict(self._poll.poll(_milliseconds(min(limits, default=None))))
-        if ready.get(admission.notify_fd, 0) & select.POLLIN:
-            self.supervised.serve()
-        elif ready.get(admission.notify_fd, 0):
-            self._poll.unregister(admission.notify_fd)  # the last filtered task is gone
-        admission.look_at_gates()
-        if self.diagnosis.patience() == 0:
-            self.diagnosis.lose_patience()
-        if self.supervised.inbox.fileno() in ready:
-            for signal in self.supervised.inbox.read():
-                self._handle(signal)
+        limits = (self.supervised.patience(), self.diagnosis.patience(), longest)
+        shortest = min((limit for limit in limits if limit is not None), default=None)
+        self.attend(dict(self.poll.poll(_milliseconds(shortest))))
 
     def _handle(self, signal: signals.Received) -> None:
         if signal.number == _signal.SIGCHLD:
@@ -205,51 +284,31 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Take the status of every child that ended or stopped: the command, and orphans that became ours."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status in signals.reap():
             if pid == self.supervised.pid and os.WIFSTOPPED(status):
                 signals.stop_with(os.WSTOPSIG(status))
             elif pid == self.supervised.pid:
                 self.has_ended, self.wait_status = True, status
-
-    def _stop_tree(self) -> None:
-        """TERM to all that is left running, KILL to what is left after the given time or a second request."""
-        requests = len(self.stop_requests)
-        deadline = (self.stop_requests[0] if self._is_overdue() else time.monotonic()) + self.kill_after
-        told: set[int] = set()
-        while (tree := descendants()) or not self.has_ended:
-            is_over = time.monotonic() > deadline or len(self.stop_requests) > requests
-            for pid in tree if is_over else tree - told:
-                signals.send(pid, _signal.SIGKILL if is_over else _signal.SIGTERM)
-            told |= tree
-            self._wait(_TREE_POLL)
-        self._reap()
 
     def _leave_an_answerer(self) -> None:
         """Leave a process behind that answers what the command left running, until the last of it is gone.
 
         Without it their binds would fail with ENOSYS. It keeps the guard, and nothing else of ours or of the user's.
         """
+        supervised = self.supervised
+        if not isinstance(supervised, Admitted) or not supervised.has_filtered_tasks():
+            return
         try:
-            if os.fork():
-                return
+            self.has_left_an_answerer = os.fork() > 0
         except OSError:
+            return
+        if self.has_left_an_answerer:
             return
         try:
             os.setsid()
-            admission = self.supervised.admission
-            _keep_only(admission.descriptors())
+            _keep_only(supervised.admission.descriptors())
             os.chdir("/")
-            admission.forget_observer()
-            while self.supervised.has_filtered_tasks():
-                self.supervised.notifications.poll(_milliseconds(admission.patience()))
-                self.supervised.serve()
-                admission.look_at_gates()
+            supervised.answer_to_the_end()
         finally:
             os._exit(0)
 
@@ -277,27 +336,6 @@ def _keep_only(keep: set[int]) -> None:
 def _milliseconds(seconds: float | None) -> float | None:
     """What poll(2) takes for a time, None for ever."""
     return None if seconds is None else 1000 * seconds
-
-
-def descendants() -> set[int]:
-    """The pids of all processes below this one. Those that are dead and wait for their parent are not among them."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-                state, parent, threads = fields[0], fields[1], fields[17]
-            except OSError:
-                continue
-            if state != b"Z" or int(threads) > 1:  # a main thread that has ended is a zombie while others go on
-                children.setdefault(int(parent), []).append(int(name))
-    found: set[int] = set()
-    level = [os.getpid()]
-    while level:
-        level = [pid for parent in level for pid in children.get(parent, ()) if pid not in found]
-        found.update(level)
-    return found
 
 
 def end_as(wait_status: int) -> int:

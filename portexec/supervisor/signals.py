@@ -14,7 +14,7 @@ from portexec.supervisor import libc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 FORWARDED = frozenset(
     {
@@ -90,8 +90,10 @@ class Inbox:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, self.mask_before)
 
     def close(self) -> None:
+        """Give back the descriptor. Whoever asks for it again, as a fork does for its own signals, gets a new one."""
         if self._fd >= 0:
             os.close(self._fd)
+            self._fd = -1
 
 
 def is_to_be_forwarded(signal: Received) -> bool:
@@ -103,6 +105,18 @@ def is_to_be_forwarded(signal: Received) -> bool:
         return False
     is_hangup_of_leader = signal.number == _signal.SIGHUP and os.getsid(0) == os.getpid()
     return not signal.from_terminal or is_hangup_of_leader
+
+
+def reap() -> Iterator[tuple[int, int]]:
+    """Take the status of every child that ended or stopped, and of the orphans that became ours."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status
 
 
 def send(pid: int, number: int) -> None:
@@ -118,7 +132,7 @@ def stop_with(stop_signal: int) -> None:
 
     Without a terminal nobody would continue us, and the command's binds would wait for ever.
     """
-    if stop_signal in _JOB_CONTROL_STOPS and _has_terminal():
+    if stop_signal in _JOB_CONTROL_STOPS and has_terminal():
         os.kill(os.getpid(), _signal.SIGSTOP)
 
 
@@ -135,7 +149,8 @@ def die_by(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def _has_terminal() -> bool:
+def has_terminal() -> bool:
+    """Whether this session has a terminal that has not been hung up."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:

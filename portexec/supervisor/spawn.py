@@ -12,46 +12,51 @@ from portexec.supervisor import child, libc, seccomp, signals
 
 
 class Child:
-    """A child that waits for the word to go: its pid, the parent's end of the socket to it, and our signals."""
+    """A child that waits for the word to go: its pid, and the parent's end of the socket to it."""
 
-    def __init__(self, pid: int, control: _socket.socket, inbox: signals.Inbox) -> None:
+    def __init__(self, pid: int, control: _socket.socket) -> None:
         self.pid = pid
         self.control = control
-        self.inbox = inbox
 
-    def take_back(self) -> None:
-        """End the child, unless it has ended, and make this process again what it was before."""
+    def end(self) -> None:
+        """End the child, unless it has ended."""
         signals.send(self.pid, _signal.SIGKILL)
         try:
             os.waitpid(self.pid, 0)
         except ChildProcessError:
             pass  # it was waited for already
         self.control.close()
-        self.inbox.restore()
-        self.inbox.close()
-        libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 0)
 
 
-def spawn(plan: Plan, rehearsal_port: int) -> Child:
-    """Fork the child that will become the command. Raises OSError when resources run out."""
-    lowest = plan.first_fd + len(plan.passed)
-    control, childs_control = (_move_up(end, lowest) for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET))
-    inbox = signals.Inbox()
+def spawn(plan: Plan, rehearsal_port: int | None, inbox: signals.Inbox) -> Child:
+    """Fork the child that will become the command, and become the subreaper of all that it leaves behind.
+
+    With a number of ours it installs the filter and rehearses. Raises OSError when resources run out.
+    """
+    control, childs_control = socket_pair(plan.first_fd + len(plan.passed))
     parent = os.getpid()
-    try:
-        pid = os.fork()
-    except OSError:
-        inbox.restore()
-        raise
+    pid = os.fork()
     if pid == 0:
         control.close()
         child.main(childs_control, plan, rehearsal_port, parent, inbox)
     childs_control.close()
-    return Child(pid, control, inbox)
+    libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)
+    return Child(pid, control)
+
+
+def take_back(inbox: signals.Inbox) -> None:
+    """Make this process again what it was before it became a parent."""
+    inbox.restore()
+    inbox.close()
+    libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 0)
+
+
+def socket_pair(lowest: int) -> list[_socket.socket]:
+    """A connected pair that keeps messages apart, under numbers from `lowest` on: where no descriptor is to be placed."""
+    return [_move_up(end, lowest) for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)]
 
 
 def _move_up(socket: _socket.socket, lowest: int) -> _socket.socket:
-    """The same socket under a number where no descriptor of the plan is to be placed."""
     fd = execute.duplicate(socket.fileno(), lowest, inheritable=False)
     socket.close()
     return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)

@@ -1,0 +1,79 @@
+"""One start of a command, as portexec sees it: what the shim reports of it, as events that can be waited for."""
+
+from __future__ import annotations
+
+import _signal
+
+import anyio
+
+from portexec.errors import PortexecError
+from portexec.supervisor import shim as words
+from portexec.supervisor.shim import Shim
+
+
+class Generation:
+    """A start of a command below a shim, which has been told to prepare it.
+
+    `pid` is the command's, or what it said by MAINPID=; 0 until it runs. `failure` is set when it could not be executed.
+    """
+
+    def __init__(self, shim: Shim) -> None:
+        self.shim = shim
+        self.pid = 0
+        self.wait_status = 0
+        self.failure: PortexecError | None = None
+        self.status_text = ""  # what it said by STATUS=
+        self.ready_since: float | None = None
+        self.started = anyio.Event()  # executed
+        self.ready = anyio.Event()
+        self.ended = anyio.Event()  # the command itself
+        self.gone = anyio.Event()  # all that it started, too
+        self.said_ready = anyio.Event()  # by READY=1
+        self.hosts: dict[int, list[str]] = {}  # where it listens, as far as admission saw
+        self._heard = anyio.Event()
+
+    def is_shim_gone(self) -> bool:
+        """Whether the shim itself was killed."""
+        return self.shim.control.fileno() < 0
+
+    async def listen(self) -> None:
+        """Follow what the shim says, to the end of this start."""
+        while not self.gone.is_set():
+            await anyio.wait_readable(self.shim.control)
+            self._take(*self.shim.receive())
+
+    async def listens_on(self, port: int) -> None:
+        """Wait until the command listens on this number. Only admission sees that."""
+        while port not in self.hosts:
+            await self._heard.wait()
+
+    def _take(self, kind: bytes, fields: list[str]) -> None:
+        if kind == words.PREPARED:
+            self.shim.tell(words.GO)
+        elif kind == words.STARTED:
+            self.pid = int(fields[0])
+            self.started.set()
+        elif kind == words.LISTENING:
+            self.hosts.setdefault(int(fields[0]), []).append(fields[1])
+            heard, self._heard = self._heard, anyio.Event()
+            heard.set()
+        elif kind == words.FAILED:
+            self.failure = PortexecError(fields[1], fields[2], int(fields[0]))
+        elif kind == words.ENDED:
+            self.wait_status = int(fields[0])
+            self.ended.set()
+        elif kind == words.GONE:
+            self.ended.set()
+            self.gone.set()
+        else:
+            self._take_last(kind, fields)
+
+    def _take_last(self, kind: bytes, fields: list[str]) -> None:
+        """The shim has ended: it could not prepare another start, or was killed."""
+        if kind in (words.REFUSED, words.EXHAUSTED):
+            self.failure = PortexecError(f"cannot start the command: {fields[0]}")
+        elif not self.ended.is_set():
+            self.wait_status = _signal.SIGKILL
+        self.shim.control.close()
+        self.ended.set()
+        self.gone.set()

@@ -1,0 +1,184 @@
+"""Readiness: when a command counts as ready, and waiting for it. One function for each form of `--ready`.
+
+listen  with `guard` the moment of the admitted listen(2); else the kernel's own list, never by connecting
+accept  a connection of ours waits in the backlog until the command has accepted it. Without a protocol, and exactly: until
+        then the kernel shows a connection with inode 0 (sock_diag(7)), so other clients do not blur it; where that is
+        refused, the listener's TCP_INFO counts its backlog
+http    a GET on the first listener is answered with a status under 500
+notify  READY=1 on NOTIFY_SOCKET, sd_notify(3)
+none    at once
+"""
+
+from __future__ import annotations
+
+import _socket
+import sys
+import time
+
+import anyio
+from anyio.abc import ByteStream, SocketAttribute
+
+from portexec import supervision, tcp_table
+from portexec.sockets import Listener
+from portexec.supervisor import tree
+from portexec.supervisor.generation import Generation
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_RETRY = 0.05  # seconds between two attempts of which the first has shown that it is too early
+_LONGEST_ANSWER = 30.0  # seconds for one GET; then another is tried
+_SHORTEST_POLL = 0.002
+_POLLS = 1000  # the pause between two looks is this part of what was waited so far, so that long waits cost little
+_TCP_INFO_SIZE = 104
+_TCP_INFO_UNACKED = 24  # of tcpi_unacked in struct tcp_info, linux/tcp.h; of a listener, the connections in its backlog
+
+
+class Readiness:
+    """How one generation of a command becomes ready.
+
+    `is_shared`: another generation accepts from the same sockets, so that it matters who has accepted.
+    """
+
+    def __init__(
+        self,
+        ready: supervision.Ready,
+        listeners: Sequence[Listener],
+        generation: Generation,
+        *,
+        is_admitted: bool,
+        is_shared: bool,
+    ) -> None:
+        self.ready = ready
+        self.listeners = [listener for listener in listeners if listener.kind != "udp"]
+        self.generation = generation
+        self.is_admitted = is_admitted
+        self.is_shared = is_shared
+        self._began = time.monotonic()
+
+    async def wait(self) -> None:
+        """Return when the command is ready."""
+        form = self.ready.form
+        if form == supervision.NOTIFY:
+            await self.generation.said_ready.wait()
+        elif form == supervision.LISTEN:
+            await self._all_listen()
+        elif form == supervision.ACCEPT:
+            await self._all_accept()
+        elif form == supervision.HTTP:
+            await self._answers(self.listeners[0])
+
+    def what(self) -> str:
+        """What is waited for, in words that follow `waiting for the command to`."""
+        where = ", ".join(listener.path or f"{listener.host}:{listener.port}" for listener in self.listeners)
+        if self.ready.form == supervision.NOTIFY:
+            said = f" (it says: {self.generation.status_text})" if self.generation.status_text else ""
+            return f"send READY=1 to $NOTIFY_SOCKET{said}"
+        if self.ready.form == supervision.HTTP:
+            return f"answer GET {self.listeners[0].url}{self.ready.argument} with a status under 500"
+        return f"{'accept a connection' if self.ready.form == supervision.ACCEPT else 'listen'} on {where}"
+
+    async def _all_listen(self) -> None:
+        for listener in self.listeners:
+            await self._listens(listener)
+
+    async def _listens(self, listener: Listener) -> None:
+        """Wait until somebody listens; for the descriptors that we pass on, that is so from the start."""
+        if listener.socket is not None:
+            return
+        if self.is_admitted:
+            await self.generation.listens_on(listener.port)
+            hosts = self.generation.hosts[listener.port]
+        else:
+            while not (hosts := tcp_table.listening_hosts(listener.port)):
+                await self._pause()
+        listener.follow(hosts)
+
+    async def _all_accept(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for listener in self.listeners:
+                tasks.start_soon(self._accepts, listener)
+
+    async def _accepts(self, listener: Listener) -> None:
+        await (await self._accepted(listener)).aclose()
+
+    async def _accepted(self, listener: Listener) -> ByteStream:
+        """A connection that the command, this generation of it, has accepted."""
+        await self._listens(listener)
+        while True:
+            stream = await self._connected(listener)
+            if await self._is_taken(stream, listener):
+                return stream
+            await stream.aclose()
+
+    async def _connected(self, listener: Listener) -> ByteStream:
+        while True:
+            try:
+                if listener.path:
+                    return await anyio.connect_unix(unix_address(listener.path))
+                return await anyio.connect_tcp(listener.host.strip("[]"), listener.port)
+            except OSError:
+                await anyio.sleep(_RETRY)
+
+    async def _is_taken(self, stream: ByteStream, listener: Listener) -> bool:
+        """Wait until the connection was accepted. False: by another generation, or by nobody who can be told."""
+        if listener.path:
+            while tcp_table.unix_backlog(listener.path):
+                await self._pause()
+            return True
+        server, client = _end(stream, SocketAttribute.remote_address), _end(stream, SocketAttribute.local_address)
+        while True:
+            try:
+                inode = tcp_table.accepted_inode(server, client)
+            except OSError:
+                inode = None
+                if listener.socket is None or _backlog_of(listener.socket) == 0:
+                    return True
+            if inode is not None:
+                return not self.is_shared or tcp_table.has_open(tree.descendants(root=self.generation.shim.pid), inode)
+            await self._pause()
+
+    async def _answers(self, listener: Listener) -> None:
+        await self._listens(listener)
+        while True:
+            stream = await (self._accepted(listener) if listener.socket is not None else self._connected(listener))
+            with anyio.move_on_after(_LONGEST_ANSWER):
+                if await _status_of_get(stream, listener, self.ready.argument) < 500:
+                    return
+            await anyio.sleep(_RETRY)
+
+    async def _pause(self) -> None:
+        await anyio.sleep(max(_SHORTEST_POLL, (time.monotonic() - self._began) / _POLLS))
+
+
+async def _status_of_get(stream: ByteStream, listener: Listener, path: str) -> int:
+    """The status that a GET is answered with; 599 where the answer is no HTTP."""
+    host = "localhost" if listener.path else f"{listener.host}:{listener.port}"
+    request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: portexec\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+    answer = b""
+    async with stream:
+        try:
+            await stream.send(request.encode())
+            while b"\r\n" not in answer:
+                answer += await stream.receive()
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            pass
+    words = answer.split(None, 2)
+    return int(words[1]) if len(words) > 1 and words[0].startswith(b"HTTP/") and words[1].isdigit() else 599
+
+
+def _end(stream: ByteStream, attribute: tuple[str, int] | str) -> tuple[str, int]:
+    """The address and the number of one end of a TCP connection."""
+    address = stream.extra(attribute)
+    return str(address[0]), int(address[1])
+
+
+def unix_address(path: str) -> str:
+    """What the kernel takes for a path, or for `@NAME`."""
+    return f"\0{path[1:]}" if path.startswith("@") else path
+
+
+def _backlog_of(socket: _socket.socket) -> int:
+    info = socket.getsockopt(_socket.IPPROTO_TCP, _socket.TCP_INFO, _TCP_INFO_SIZE)
+    return int.from_bytes(info[_TCP_INFO_UNACKED : _TCP_INFO_UNACKED + 4], sys.byteorder)

@@ -1,0 +1,284 @@
+"""The shim: a small process between a portexec that stays and one command, and the command's parent.
+
+    portexec (lifetime, may be killed) -> shim (subreaper) -> the command and all that it starts
+
+It waits for the command as `run` does, reports what happens, stops the whole tree when it is told to, and starts the command
+again. When portexec dies, however that happens, the socket between them ends and the shim stops the tree all the same; when
+the shim dies, its orphans become portexec's. So nothing is left running as long as not both are killed at once.
+
+The socket keeps messages apart: a byte that says what it is, then fields with `SEPARATOR` between them.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+import sys
+
+from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, reason
+from portexec.supervisor import admit, signals
+from portexec.supervisor.diagnosis import Diagnosis
+from portexec.supervisor.run import Supervised, Supervisor
+from portexec.supervisor.spawn import socket_pair, spawn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import NoReturn
+
+    from portexec.handoff import Plan
+    from portexec.sockets import Guard
+
+# What portexec says to the shim.
+GO = b"g"  # execute the command; what follows is kept for the farewell
+AGAIN = b"a"  # prepare to start it once more, when nothing of it is left
+STOP = b"s"  # TERM to the whole tree, KILL later
+KILL = b"k"  # KILL to the whole tree
+LEAVE = b"l"  # end; nothing is running
+
+# What the shim says.
+PREPARED = b"p"  # whether anything was gated: the child waits for the word
+REFUSED = b"r"  # why: this machine does not let us admit binds
+EXHAUSTED = b"x"  # why: no child could be started
+STARTED = b"b"  # the command's pid
+FAILED = b"f"  # status, message, hint: the command cannot be executed
+LISTENING = b"i"  # port and address
+ENDED = b"e"  # wait status of the command
+GONE = b"o"  # nothing of it is left
+
+SEPARATOR = "\0"
+_MAX_MESSAGE = 1 << 16
+_STDIN = 0
+_STDERR = 2
+
+
+class Job:
+    """What a shim is to run, and how.
+
+    `guards` is empty where nothing is to be admitted. `has_stdin`: the command gets our standard input, else /dev/null.
+    `farewell` is called in the shim when portexec was killed and the tree has been stopped, with what came with the first GO.
+    """
+
+    __slots__ = ("farewell", "guards", "has_stdin", "is_killed", "kill_after", "plan", "quiet", "remap", "verbose")
+
+    def __init__(
+        self,
+        plan: Plan,
+        kill_after: float,
+        *,
+        guards: Mapping[int, Guard],
+        remap: Mapping[int, int],
+        is_killed: bool,
+        has_stdin: bool,
+        quiet: bool,
+        verbose: bool,
+        farewell: Callable[[bytes], None],
+    ) -> None:
+        self.plan = plan
+        self.kill_after = kill_after
+        self.guards = guards
+        self.remap = remap
+        self.is_killed = is_killed
+        self.has_stdin = has_stdin
+        self.quiet = quiet
+        self.verbose = verbose
+        self.farewell = farewell
+
+
+class Shim:
+    """Our end: the shim's pid and the socket to it, and whether anything had to be gated in its rehearsal."""
+
+    def __init__(self, job: Job, inbox: signals.Inbox) -> None:
+        """Fork a shim for the job; it prepares to start the command. Raises OSError when resources run out."""
+        self.was_gated = False
+        self.control, shims_end = socket_pair(job.plan.first_fd + len(job.plan.passed))
+        try:
+            self.pid = os.fork()
+        except OSError:
+            self.control.close()
+            shims_end.close()
+            raise
+        if self.pid == 0:
+            _main(shims_end, job, inbox)
+        shims_end.close()
+
+    def tell(self, word: bytes) -> None:
+        """Say one of the words above. One that has gone hears nothing."""
+        try:
+            self.control.send(word)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def receive(self) -> tuple[bytes, list[str]]:
+        """The next message: its kind, empty when the shim has gone, and its fields."""
+        try:
+            message = self.control.recv(_MAX_MESSAGE)
+        except ConnectionResetError:
+            message = b""
+        return message[:1], os.fsdecode(message[1:]).split(SEPARATOR)
+
+    def require_prepared(self) -> None:
+        """Wait until the child is ready to execute the command.
+
+        Raises RefusedError where binds cannot be admitted, OSError where no child could be started.
+        """
+        kind, fields = self.receive()
+        if kind == REFUSED:
+            raise RefusedError(fields[0])
+        if kind != PREPARED:
+            raise OSError(0, fields[0] or "the process that was to start it was killed")
+        self.was_gated = bool(fields[0])
+
+    def leave(self) -> None:
+        """End a shim that runs nothing, and wait for it."""
+        if self.control.fileno() >= 0:
+            self.tell(LEAVE)
+            self.control.close()
+        try:
+            os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            pass
+
+
+def _main(control: _socket.socket, job: Job, inbox: signals.Inbox) -> NoReturn:
+    """The shim's life. Never returns into the caller's code, which is portexec's."""
+    try:
+        inbox.close()
+        _close_ours({control.fileno(), *_descriptors(job)})
+        if not job.has_stdin:
+            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            os.dup2(null, _STDIN)
+            os.close(null)
+        _Process(control, job, inbox).run()
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(STATUS_FAILURE)
+
+
+def _descriptors(job: Job) -> set[int]:
+    guards = {socket.fileno() for guard in job.guards.values() for socket in guard.sockets}
+    return {*guards, *job.plan.passed, *job.plan.kept}
+
+
+def _close_ours(keep: set[int]) -> None:
+    """Close what portexec has open for itself; what the command is to inherit, the user's own, stays."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        try:
+            if fd not in keep and fd > _STDERR and not os.get_inheritable(fd):
+                os.close(fd)
+        except OSError:
+            pass  # the listing's own descriptor
+
+
+class _Process:
+    """What the shim is while it runs: one start of the command after the other."""
+
+    def __init__(self, control: _socket.socket, job: Job, inbox: signals.Inbox) -> None:
+        self.control = control
+        self.job = job
+        self.inbox = inbox
+        self.keepsake: bytes | None = None  # what came with the first GO
+        self.diagnosis = _Report(self)
+
+    def run(self) -> None:
+        """Start the command as often as portexec says."""
+        while supervised := self._prepare():
+            word = self.control.recv(_MAX_MESSAGE)
+            if word[:1] != GO:
+                supervised.cancel()
+                return
+            self.keepsake = word[1:] if self.keepsake is None else self.keepsake
+            if not self._look_after(supervised) or self.control.recv(_MAX_MESSAGE) != AGAIN:
+                return
+
+    def say(self, kind: bytes, *fields: object) -> None:
+        """Send a message. Nobody has to be there any more."""
+        try:
+            self.control.send(kind + os.fsencode(SEPARATOR.join(map(str, fields))))
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def _prepare(self) -> Supervised | None:
+        job = self.job
+        try:
+            if job.guards:
+                supervised: Supervised = admit(job.plan, job.guards, job.remap, self.inbox)
+            else:
+                supervised = Supervised(spawn(job.plan, None, self.inbox), self.inbox)
+        except RefusedError as refusal:
+            self.say(REFUSED, refusal)
+            return None
+        except OSError as error:
+            self.say(EXHAUSTED, reason(error))
+            return None
+        self.say(PREPARED, "gated" if supervised.was_gated else "")
+        return supervised
+
+    def _look_after(self, supervised: Supervised) -> bool:
+        """From the word to go until nothing is left; returns whether portexec is still there."""
+        supervised.go()
+        attendant = _Attendant(supervised, self)
+        try:
+            supervised.require_started()
+        except PortexecError as error:
+            self.say(FAILED, error.status, error.message, error.hint)
+            attendant.stop_tree()
+        else:
+            self.say(STARTED, supervised.pid)
+            attendant.wait_for_end()
+            attendant.stop_tree()
+        supervised.release()
+        if attendant.is_orphaned:
+            self.job.farewell(self.keepsake or b"")
+        self.say(GONE)
+        return not attendant.is_orphaned
+
+
+class _Report(Diagnosis):
+    """Says on stderr what `Diagnosis` does, and to portexec where the command listens."""
+
+    def __init__(self, process: _Process) -> None:
+        super().__init__(process.job.guards, quiet=process.job.quiet, verbose=process.job.verbose)
+        self.process = process
+
+    def listening(self, port: int, host: str) -> None:
+        super().listening(port, host)
+        self.process.say(LISTENING, port, host)
+
+    def ended(self, status: int) -> None:
+        if self.ports:
+            super().ended(status)
+
+
+class _Attendant(Supervisor):
+    """A supervisor that also listens to portexec."""
+
+    def __init__(self, supervised: Supervised, process: _Process) -> None:
+        super().__init__(supervised, process.diagnosis, process.job.kill_after, is_killed=process.job.is_killed)
+        self.process = process
+        self.is_orphaned = False  # portexec has gone
+        self._has_reported_end = False
+        self.poll.register(process.control, select.POLLIN)
+
+    def attend(self, ready: Mapping[int, int]) -> None:
+        super().attend(ready)
+        if self.has_ended and not self._has_reported_end:
+            self._has_reported_end = True
+            self.process.say(ENDED, self.wait_status)
+        if self.process.control.fileno() in ready:
+            self._hear()
+
+    def _hear(self) -> None:
+        try:
+            word = self.process.control.recv(_MAX_MESSAGE)
+        except ConnectionResetError:
+            word = b""
+        if not word:
+            self.poll.unregister(self.process.control)
+            self.is_orphaned = True
+        self.is_told_to_stop = True
+        self.is_hurried = self.is_hurried or word == KILL

@@ -1,0 +1,104 @@
+"""How portexec becomes a parent that stays: the first shim, and then the lifetime. anyio is imported beside the command."""
+
+from __future__ import annotations
+
+import os
+
+from portexec import publish, supervision
+from portexec.handoff import GUARD
+from portexec.supervisor.notify import VARIABLE, NotifySocket
+from portexec.supervisor.shim import GO, Job, Shim
+from portexec.supervisor.signals import Inbox
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from portexec.handoff import Plan
+    from portexec.launch import Launch
+    from portexec.supervision import Supervision
+    from portexec.supervisor.lifetime import Outcome
+
+_EXPORT_IS_NEW = b"export is new"
+
+
+class Stay:
+    """A run whose parent stays, before it has begun."""
+
+    def __init__(self, launch: Launch, asked: Supervision, *, quiet: bool, verbose: bool) -> None:
+        self.launch = launch
+        self.asked = asked
+        self.quiet = quiet
+        self.verbose = verbose
+        self.notify = self._make_notify_socket()
+        self.inbox = Inbox()
+        if asked.ready_fd is not None and asked.ready_fd > 2:
+            os.set_inheritable(asked.ready_fd, False)
+
+    def start(self) -> Shim:
+        """Start the first shim, up to where it waits for the word.
+
+        Raises RefusedError where binds cannot be admitted, OSError where resources run out.
+        """
+        shim = Shim(self._job_for(self.launch.plan), self.inbox)
+        try:
+            shim.require_prepared()
+        except BaseException:
+            shim.leave()
+            raise
+        self.shim = shim
+        if self.launch.choice.hand_off == GUARD:
+            self.launch.bound.release_guards()  # the shim has them, and sometimes has to step aside with them
+        return shim
+
+    def run(self, published: publish.Published) -> Outcome:
+        """Run to the end, and withdraw what was published."""
+        if not self.asked.is_lazy:
+            self.shim.tell(GO + _EXPORT_IS_NEW * bool(published.lines))
+        from portexec.supervisor import lifetime
+
+        life = lifetime.Lifetime(
+            self.launch, self.asked, self.shim, self.inbox, self._job_for, self.notify, quiet=self.quiet, verbose=self.verbose
+        )
+        try:
+            return lifetime.run(life)
+        finally:
+            published.withdraw()
+            self._clean_up()
+
+    def _make_notify_socket(self) -> NotifySocket | None:
+        ready = self.asked.ready
+        if ready is None or ready.form != supervision.NOTIFY:
+            return None
+        notify = NotifySocket(ready.argument)
+        self.launch.plan.environment[VARIABLE] = notify.name
+        return notify
+
+    def _job_for(self, plan: Plan) -> Job:
+        """The server's, or that of the tests, which have our standard input and nothing to withdraw."""
+        is_server = plan is self.launch.plan
+        return Job(
+            plan,
+            self.asked.kill_after,
+            guards=self.launch.bound.guards if is_server and self.launch.choice.hand_off == GUARD else {},
+            remap=self.launch.remap,
+            is_killed=self.asked.is_killed,
+            has_stdin=not (is_server and self.asked.then),
+            quiet=self.quiet,
+            verbose=self.verbose,
+            farewell=self._say_farewell if is_server else _do_nothing,
+        )
+
+    def _say_farewell(self, keepsake: bytes) -> None:
+        """Withdraw everything in the place of a portexec that was killed."""
+        chosen, launch = self.launch.request.chosen, self.launch
+        lines = publish.lines_of(launch.variables) if keepsake == _EXPORT_IS_NEW else b""
+        publish.Published(chosen.port_file, launch.bound.listeners[0].port, chosen.export, lines).withdraw()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        self.launch.bound.remove_paths()
+        if self.notify is not None:
+            self.notify.close()
+
+
+def _do_nothing(keepsake: bytes) -> None:
+    """The tests' farewell."""
