@@ -7,7 +7,7 @@ import os
 import sys
 
 from portexec import __version__, execute, handoff, options, publish
-from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, reason
+from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, UsageError, reason
 from portexec.launch import Launch, prepare
 
 TYPE_CHECKING = False
@@ -49,7 +49,7 @@ def _run(chosen: options.Options) -> int:
 
         return _print(check.report_json() if chosen.json else check.report_text())
     if not chosen.command:
-        raise PortexecError("no command to run", f"it comes last: {options.USAGE}")
+        raise UsageError("no command to run", f"it comes last: {options.USAGE}")
     kill_after = options.kill_after(chosen)
     launch = prepare(chosen)
     if chosen.dry_run:

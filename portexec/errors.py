@@ -15,14 +15,47 @@ STATUS_NOT_FOUND = 127
 class PortexecError(Exception):
     """An expected failure: what went wrong, what to do next, and the status to exit with.
 
-    `message` and `hint` are lower case without a full stop; the hint may be empty.
+    `message` and `hint` are lower case without a full stop; the hint may be empty. `output` is the last of what the command
+    wrote, where that is known: only the Python API keeps it.
     """
 
-    def __init__(self, message: str, hint: str = "", status: int = STATUS_FAILURE) -> None:
+    status = STATUS_FAILURE
+
+    def __init__(self, message: str, hint: str = "", *, output: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
-        self.status = status
+        self.output = output
+
+    def __str__(self) -> str:
+        parts = [self.message, f"hint: {self.hint}" if self.hint else "", f"output:\n{self.output}" if self.output else ""]
+        return "\n".join(part for part in parts if part)
+
+
+class UsageError(PortexecError):
+    """What was asked for cannot be meant: an option, a listen spec, a template, or an argument of the Python API."""
+
+
+class ListenError(PortexecError):
+    """A listener, or its number, cannot be had."""
+
+
+class CannotExecute(PortexecError):
+    """The command was found, but cannot be executed."""
+
+    status = STATUS_CANNOT_EXECUTE
+
+
+class CommandNotFound(PortexecError):
+    """There is no such command."""
+
+    status = STATUS_NOT_FOUND
+
+
+class NotReady(PortexecError):
+    """The command was not ready in time."""
+
+    status = STATUS_TIMEOUT
 
 
 class RefusedError(Exception):
@@ -32,3 +65,9 @@ class RefusedError(Exception):
 def reason(error: OSError) -> str:
     """The system's own words for an error, without the number and the path that Python adds."""
     return error.strerror or str(error)
+
+
+def of_status(status: int, message: str, hint: str) -> PortexecError:
+    """The error that ends with this status, made again from what another process of ours told of it."""
+    kinds = {kind.status: kind for kind in (CannotExecute, CommandNotFound)}
+    return kinds.get(status, PortexecError)(message, hint)

@@ -12,7 +12,7 @@ import fcntl
 import os
 
 from portexec import activation
-from portexec.errors import STATUS_CANNOT_EXECUTE, STATUS_NOT_FOUND, PortexecError, reason
+from portexec.errors import CannotExecute, CommandNotFound, PortexecError, reason
 from portexec.handoff import Plan
 
 TYPE_CHECKING = False
@@ -46,7 +46,7 @@ def find_command(name: str, environment: Mapping[str, str]) -> str:
         hint = f"write it as separate words: portexec -- {name}"
     elif not name:
         hint = "the first word is empty; is a variable unset?"
-    raise PortexecError(f"command not found: {name or repr(name)}", hint, STATUS_NOT_FOUND)
+    raise CommandNotFound(f"command not found: {name or repr(name)}", hint)
 
 
 def _require_executable(file: str) -> None:
@@ -54,8 +54,7 @@ def _require_executable(file: str) -> None:
         status = os.stat(file)
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        status_code = STATUS_NOT_FOUND if missing else STATUS_CANNOT_EXECUTE
-        raise PortexecError(f"cannot run {file}: {reason(error)}", status=status_code) from error
+        raise (CommandNotFound if missing else CannotExecute)(f"cannot run {file}: {reason(error)}") from error
     if not os.path.isfile(file):
         kind = "Is a directory" if os.path.isdir(file) else "not a file"
         raise _cannot_execute(file, kind, "")
@@ -184,13 +183,13 @@ def _exec(file: str, argv: list[str], environment: dict[str, str]) -> NoReturn:
         os.execve("/bin/sh", ["/bin/sh", file, *argv[1:]], environment)
 
 
-def _refused(file: str, error: OSError) -> PortexecError:
+def _refused(file: str, error: OSError) -> CannotExecute:
     if error.errno == errno.ENOENT and os.path.exists(file):
         return _missing_interpreter(file)
     return _cannot_execute(file, reason(error), "")
 
 
-def _missing_interpreter(file: str) -> PortexecError:
+def _missing_interpreter(file: str) -> CannotExecute:
     """The kernel says ENOENT of a file that is there: what is missing is the program that is to run it."""
     try:
         with open(file, "rb") as script:
@@ -205,5 +204,5 @@ def _missing_interpreter(file: str) -> PortexecError:
     return _cannot_execute(file, f"its interpreter {interpreter} does not exist", "correct its first line, or install that")
 
 
-def _cannot_execute(file: str, why: str, hint: str) -> PortexecError:
-    return PortexecError(f"cannot run {file}: {why}", hint, STATUS_CANNOT_EXECUTE)
+def _cannot_execute(file: str, why: str, hint: str) -> CannotExecute:
+    return CannotExecute(f"cannot run {file}: {why}", hint)

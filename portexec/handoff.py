@@ -9,7 +9,7 @@ auto    fd when the command names the descriptor, else guard where this machine 
 from __future__ import annotations
 
 from portexec import activation, templates
-from portexec.errors import PortexecError
+from portexec.errors import UsageError
 from portexec.sockets import Listener
 from portexec.spec import ListenSpec, variable_of
 
@@ -90,24 +90,22 @@ def choose(
 
     `texts` are the command's words and the templates of `-e`; `first_fd` is the number of the first listener's descriptor;
     `fd_only` and `guard_only` are options that were given and mean something with that hand-off only.
-    Raises PortexecError when what was requested contradicts itself.
+    Raises UsageError when what was requested contradicts itself.
     """
     if requested not in HAND_OFFS:
-        raise PortexecError(f"unknown hand-off {requested!r}", f"it is one of {', '.join(HAND_OFFS)}")
+        raise UsageError(f"unknown hand-off {requested!r}", f"it is one of {', '.join(HAND_OFFS)}")
     sign = _descriptor_sign(texts, range(first_fd, first_fd + len(specs)))
     numberless = next((spec for spec in specs if spec.kind != "tcp"), None)
     hand_off, why = requested, "as asked for"
     if requested == AUTO:
         hand_off, why = _choose_automatically(sign, numberless, fd_only, guard_only)
     if hand_off != FD and numberless is not None:
-        raise PortexecError(
+        raise UsageError(
             f"hand-off {hand_off} is for TCP ports, and {numberless} is none", "leave --hand-off out, or say --hand-off fd"
         )
     for only, options in ((FD, fd_only), (GUARD, guard_only)):
         if options and hand_off != only:
-            raise PortexecError(
-                f"{options[0]} needs hand-off {only}, and this is {hand_off}: {why}", "leave one of the two out"
-            )
+            raise UsageError(f"{options[0]} needs hand-off {only}, and this is {hand_off}: {why}", "leave one of the two out")
     is_final = requested != AUTO or bool(guard_only)
     return Choice(hand_off, why, named=hand_off == FD and bool(sign), is_final=is_final)
 
@@ -125,17 +123,17 @@ def _choose_automatically(
 
 
 def parse_remap(texts: Iterable[str], specs: Sequence[ListenSpec]) -> dict[int, str]:
-    """From fixed numbers to names of listeners, by default the first. Raises PortexecError for a malformed option."""
+    """From fixed numbers to names of listeners, by default the first. Raises UsageError for a malformed option."""
     remap: dict[int, str] = {}
     for text in texts:
         digits, equals, name = text.partition("=")
         if not (digits.isascii() and digits.isdigit() and len(digits) < 6 and 0 < int(digits) < 65536):
-            raise PortexecError(f"--remap {text!r} names no port", "write --remap PORT or --remap PORT=NAME")
+            raise UsageError(f"--remap {text!r} names no port", "write --remap PORT or --remap PORT=NAME")
         if int(digits) in remap:
-            raise PortexecError(f"--remap has port {digits} twice", "a port can become only one listener's")
+            raise UsageError(f"--remap has port {digits} twice", "a port can become only one listener's")
         names = [spec.name for spec in specs]
         if equals and name not in names:
-            raise PortexecError(f"--remap {text}: there is no listener {name!r}", f"the listeners are: {', '.join(names)}")
+            raise UsageError(f"--remap {text}: there is no listener {name!r}", f"the listeners are: {', '.join(names)}")
         remap[int(digits)] = name if equals else names[0]
     return remap
 

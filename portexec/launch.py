@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from portexec import activation, environment, execute, handoff, options, sockets, spec, templates
-from portexec.errors import PortexecError
+from portexec.errors import PortexecError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def prepare(chosen: options.Options) -> Launch:
     request = Request(chosen)
     choice = request.choose()
     if choice.hand_off != handoff.FD and not sockets.LINUX:
-        raise PortexecError(
+        raise UsageError(
             "only Linux has a hand-off for commands that bind the number themselves",
             "use a server that takes a descriptor, as {fd} in its words",
         )
@@ -179,5 +179,5 @@ def _require_room(end: int) -> None:
 def _split_assignment(text: str) -> tuple[str, str]:
     name, equals, template = text.partition("=")
     if not equals or not name:
-        raise PortexecError(f"--env {text!r} sets nothing", "write --env NAME=VALUE, where VALUE may have templates: {port}")
+        raise UsageError(f"--env {text!r} sets nothing", "write --env NAME=VALUE, where VALUE may have templates: {port}")
     return name, template

@@ -10,7 +10,7 @@ Python 3.13).
 from __future__ import annotations
 
 from portexec import handoff, spec
-from portexec.errors import PortexecError
+from portexec.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Options:
 
 
 def parse(words: Sequence[str]) -> Options:
-    """Sort the words into options and command. Raises PortexecError for a usage error."""
+    """Sort the words into options and command. Raises UsageError for a usage error."""
     options = Options()
     by_name = {name: option for _, group in GROUPS for option in group for name in (option.short, option.long) if name}
     rest = list(words)
@@ -172,7 +172,7 @@ def parse(words: Sequence[str]) -> Options:
             break
         for option, value in _read(word, by_name):
             if option.metavar and value is None and not rest:
-                raise PortexecError(f"option {word} needs a value", f"write {word} {option.metavar}")
+                raise UsageError(f"option {word} needs a value", f"write {word} {option.metavar}")
             _store(options, option, rest.pop(0) if option.metavar and value is None else value)
     options.command = rest
     return options
@@ -184,10 +184,10 @@ def _read(word: str, by_name: dict[str, Option]) -> list[tuple[Option, str | Non
         name, equals, value = word.partition("=")
         option = _known(name, by_name)
         if equals and not option.metavar:
-            raise PortexecError(f"option {name} takes no value", f"write {name} alone")
+            raise UsageError(f"option {name} takes no value", f"write {name} alone")
         return [(option, value if equals else None)]
     if f"-{word}" in by_name:
-        raise PortexecError(f"unknown option {word}", f"did you mean -{word}?")
+        raise UsageError(f"unknown option {word}", f"did you mean -{word}?")
     found: list[tuple[Option, str | None]] = []
     for position, letter in enumerate(word[1:], 2):
         option = _known(f"-{letter}", by_name)
@@ -201,11 +201,11 @@ def _known(name: str, by_name: dict[str, Option]) -> Option:
     if name in by_name:
         return by_name[name]
     if name in ("-p", "--port"):
-        raise PortexecError(f"unknown option {name}", "the port is given with -l: -l 3000, or -l 3000,0 for any other if taken")
+        raise UsageError(f"unknown option {name}", "the port is given with -l: -l 3000, or -l 3000,0 for any other if taken")
     import difflib
 
     close = difflib.get_close_matches(name, by_name, 1, 0.6)
-    raise PortexecError(f"unknown option {name}", f"did you mean {close[0]}?" if close else "portexec --help lists the options")
+    raise UsageError(f"unknown option {name}", f"did you mean {close[0]}?" if close else "portexec --help lists the options")
 
 
 def _store(options: Options, option: Option, value: str | None) -> None:
@@ -218,21 +218,19 @@ def _store(options: Options, option: Option, value: str | None) -> None:
 
 
 def number(text: str, option: str, lowest: int, highest: int) -> int:
-    """The value of a numeric option. Raises PortexecError when it is none or out of range."""
+    """The value of a numeric option. Raises UsageError when it is none or out of range."""
     if text.isascii() and text.isdigit() and len(text) < 12 and lowest <= int(text) <= highest:
         return int(text)
-    raise PortexecError(
-        f"{option} {text!r} is not a number from {lowest} to {highest}", f"write a number, or leave {option} out"
-    )
+    raise UsageError(f"{option} {text!r} is not a number from {lowest} to {highest}", f"write a number, or leave {option} out")
 
 
 def duration(text: str, option: str) -> float:
-    """The seconds in `5s`, `500ms`, `2m`, `1.5` (seconds). Raises PortexecError when it is no duration."""
+    """The seconds in `5s`, `500ms`, `2m`, `1.5` (seconds). Raises UsageError when it is no duration."""
     for unit, seconds in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
         amount = text.removesuffix(unit)
         if text.endswith(unit) and amount.isascii() and amount.replace(".", "", 1).isdigit():
             return float(amount) * seconds
-    raise PortexecError(f"{option} {text!r} is no duration", "write a number and a unit: 500ms, 5s, 2m")
+    raise UsageError(f"{option} {text!r} is no duration", "write a number and a unit: 500ms, 5s, 2m")
 
 
 def kill_after(options: Options) -> float:

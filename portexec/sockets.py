@@ -23,7 +23,7 @@ import os
 import sys
 from _socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SO_REUSEPORT, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
 
-from portexec.errors import PortexecError, reason
+from portexec.errors import ListenError, reason
 from portexec.spec import ListenSpec
 
 TYPE_CHECKING = False
@@ -144,7 +144,7 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) 
 
     `listening`: make a listening socket for each, with this backlog (0 for the greatest). Otherwise the command is to bind
     the number itself.
-    Raises PortexecError, with nothing left bound, when any of them cannot be had.
+    Raises ListenError, with nothing left bound, when any of them cannot be had.
     """
     bound = Bound(backlog or _socket.SOMAXCONN)
     try:
@@ -202,7 +202,7 @@ def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
         found = _socket.getaddrinfo(host_name, None, 0, SOCK_STREAM, 0, _socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "not a host name"
-        raise PortexecError(
+        raise ListenError(
             f"cannot resolve {spec.address!r}: {why}", "give an address of this machine, such as 127.0.0.1, [::1] or *"
         ) from error
     family, _, _, _, sockaddr = found[0]
@@ -587,7 +587,7 @@ def _new_socket(family: int, kind: int = SOCK_STREAM) -> _socket.socket:
     return _socket.socket(family, kind, 0, fd)
 
 
-def _cannot_listen(spec: ListenSpec, error: OSError) -> PortexecError:
+def _cannot_listen(spec: ListenSpec, error: OSError) -> ListenError:
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
         return _exhausted(error)
     hints = {
@@ -595,28 +595,28 @@ def _cannot_listen(spec: ListenSpec, error: OSError) -> PortexecError:
         errno.EAFNOSUPPORT: "this machine has no IPv6; use 127.0.0.1",
         errno.ENOENT: "the directory has to exist",
     }
-    return PortexecError(f"cannot listen on {spec}: {reason(error)}", hints.get(error.errno or 0, ""))
+    return ListenError(f"cannot listen on {spec}: {reason(error)}", hints.get(error.errno or 0, ""))
 
 
-def _exhausted(error: OSError) -> PortexecError:
-    return PortexecError(
+def _exhausted(error: OSError) -> ListenError:
+    return ListenError(
         f"cannot open another socket: {reason(error)}",
         "raise the limit with `ulimit -n`; every listener takes two descriptors" if error.errno == errno.EMFILE else "",
     )
 
 
-def _none_free(spec: ListenSpec, failures: list[tuple[int, OSError]]) -> PortexecError:
+def _none_free(spec: ListenSpec, failures: list[tuple[int, OSError]]) -> ListenError:
     """Say which candidates were tried and why each failed; the common one-candidate case in the usual words."""
     number, error = failures[0]
     if len(failures) == 1 and number:
         hint = f"`{number},0` takes any other free port instead"
         if error.errno == errno.EACCES:
             hint = "ports below net.ipv4.ip_unprivileged_port_start, mostly 1024, need root or CAP_NET_BIND_SERVICE"
-        return PortexecError(f"cannot listen on {spec}: {_why_not(number, error, spec)}", hint)
+        return ListenError(f"cannot listen on {spec}: {_why_not(number, error, spec)}", hint)
     told = [f"{number}: {_why_not(number, error, spec)}" for number, error in failures[:_MAX_REASONS]]
     more = len(failures) - len(told)
     tail = f"; and {more} more" if more else ""
-    return PortexecError(
+    return ListenError(
         f"no free port for {spec}: {'; '.join(told)}{tail}",
         "" if (0, 0) in spec.candidates else f"add `,0` for any other free port: {spec},0",
     )

@@ -8,7 +8,7 @@ PORTS      0   8000   3000,0   8000-8099   8000,8001,9000-9010,0     candidates,
 
 from __future__ import annotations
 
-from portexec.errors import PortexecError
+from portexec.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ListenSpec:
 def parse_listen(texts: Iterable[str]) -> list[ListenSpec]:
     """Parse the texts of all `--listen` options, in order.
 
-    Raises PortexecError for a malformed spec and for names that clash.
+    Raises UsageError for a malformed spec and for names that clash.
     """
     specs = [_parse_one(text, position) for position, text in enumerate(texts, 1)]
     _require_unique_names(specs)
@@ -85,9 +85,9 @@ def _parse_one(text: str, position: int) -> ListenSpec:
     if name is None:
         name = f"listener{position}"
     elif not name:
-        raise PortexecError(f"empty listener name in {text!r}", "write NAME=SPEC, or the spec alone")
+        raise UsageError(f"empty listener name in {text!r}", "write NAME=SPEC, or the spec alone")
     elif not is_name(name) or len(name) > _MAX_NAME:
-        raise PortexecError(f"bad listener name {name!r}", f"names are up to {_MAX_NAME} letters, digits, `-` and `_`")
+        raise UsageError(f"bad listener name {name!r}", f"names are up to {_MAX_NAME} letters, digits, `-` and `_`")
     if rest.startswith("unix:"):
         return ListenSpec(name, "unix", _parse_path(text, rest[5:]), (), named)
     kind = "udp" if rest.startswith("udp:") else "tcp"
@@ -105,12 +105,12 @@ def _split_name(text: str) -> tuple[str | None, str]:
 
 def _parse_path(text: str, path: str) -> str:
     if path in ("", "@"):
-        raise PortexecError(f"no path in listen spec {text!r}", "write unix:PATH, or unix:@NAME for an abstract one")
+        raise UsageError(f"no path in listen spec {text!r}", "write unix:PATH, or unix:@NAME for an abstract one")
     if "\0" in path:
-        raise PortexecError(f"a NUL character in listen spec {text!r}", FORMS)
+        raise UsageError(f"a NUL character in listen spec {text!r}", FORMS)
     length = len(path.encode("utf-8", "surrogateescape"))
     if length > _MAX_PATH:
-        raise PortexecError(
+        raise UsageError(
             f"the path of {text!r} is {length} bytes long, and a unix socket takes at most {_MAX_PATH}",
             "use a shorter path, or one relative to the working directory",
         )
@@ -122,13 +122,13 @@ def _split_address(text: str, rest: str) -> tuple[str, str]:
     if rest.startswith("["):
         address, bracket, tail = rest[1:].partition("]")
         if not bracket or ":" not in address or (tail and not tail.startswith(":")):
-            raise PortexecError(f"malformed listen spec {text!r}", "an IPv6 address is written [::1]:PORTS")
+            raise UsageError(f"malformed listen spec {text!r}", "an IPv6 address is written [::1]:PORTS")
         return _checked_host(text, address), tail[1:] if tail else "0"
     if "://" in rest:
         bare = rest.partition("://")[2].partition("/")[0]
-        raise PortexecError(f"malformed listen spec {text!r}", f"it is an address, not a URL: {bare}")
+        raise UsageError(f"malformed listen spec {text!r}", f"it is an address, not a URL: {bare}")
     if rest.count(":") > 1:
-        raise PortexecError(f"malformed listen spec {text!r}", f"an IPv6 address goes in brackets: [{rest}]")
+        raise UsageError(f"malformed listen spec {text!r}", f"an IPv6 address goes in brackets: [{rest}]")
     if ":" in rest:
         address, _, ports = rest.partition(":")
         return _checked_host(text, address), ports
@@ -139,7 +139,7 @@ def _split_address(text: str, rest: str) -> tuple[str, str]:
 
 def _checked_host(text: str, host: str) -> str:
     if not host or any(c.isspace() or not c.isprintable() or c in "[]=,/@" for c in host):
-        raise PortexecError(f"malformed listen spec {text!r}", FORMS)
+        raise UsageError(f"malformed listen spec {text!r}", FORMS)
     return "127.0.0.1" if host == "localhost" else host
 
 
@@ -152,20 +152,20 @@ def _parse_range(text: str, part: str) -> tuple[int, int]:
     low = _parse_port(text, low_text)
     high = _parse_port(text, high_text) if dash else low
     if high < low:
-        raise PortexecError(f"reversed port range {part} in {text!r}", f"write {high}-{low}")
+        raise UsageError(f"reversed port range {part} in {text!r}", f"write {high}-{low}")
     if dash and low == 0:
-        raise PortexecError(f"port range {part} begins at 0 in {text!r}", "0 alone is any free port; 1 is the lowest")
+        raise UsageError(f"port range {part} begins at 0 in {text!r}", "0 alone is any free port; 1 is the lowest")
     return low, high
 
 
 def _parse_port(text: str, digits: str) -> int:
     if not digits or not _DIGITS.issuperset(digits):
-        raise PortexecError(
+        raise UsageError(
             f"malformed port {digits!r} in listen spec {text!r}",
             "ports are numbers, ranges and lists: 8000 or 8000-8099 or 3000,0",
         )
     if len(digits) > 9 or int(digits) > _MAX_PORT:
-        raise PortexecError(f"port {digits} in {text!r} is too high", f"the highest is {_MAX_PORT}")
+        raise UsageError(f"port {digits} in {text!r} is too high", f"the highest is {_MAX_PORT}")
     return int(digits)
 
 
@@ -176,11 +176,11 @@ def _require_unique_names(specs: list[ListenSpec]) -> None:
         variable = variable_of(spec.name)
         other = seen.setdefault(variable, spec.name)
         if other != spec.name:
-            raise PortexecError(f"the names {other!r} and {spec.name!r} would both be {variable}", "rename one of them")
+            raise UsageError(f"the names {other!r} and {spec.name!r} would both be {variable}", "rename one of them")
     if len({spec.name for spec in specs}) != len(specs):
         names = [spec.name for spec in specs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise PortexecError(f"the listener name {twice!r} is used twice", "every listener has a name of its own")
+        raise UsageError(f"the listener name {twice!r} is used twice", "every listener has a name of its own")
 
 
 def variable_of(name: str) -> str:

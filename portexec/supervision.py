@@ -6,7 +6,7 @@ import fcntl
 import os
 
 from portexec import handoff, options
-from portexec.errors import PortexecError
+from portexec.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Supervision:
     __slots__ = ("is_killed", "is_lazy", "kill_after", "ready", "ready_fd", "ready_timeout", "restart", "then")
 
     def __init__(self, chosen: options.Options) -> None:
-        """Raises PortexecError for what cannot be meant."""
+        """Raises UsageError for what cannot be meant."""
         self.then = _parse_then(chosen.then)
         self.ready = _parse_ready(chosen.ready)
         self.ready_timeout = self._parse_timeout(chosen)
@@ -71,24 +71,24 @@ class Supervision:
         return options.duration(chosen.ready_timeout or _DEFAULT_TIMEOUT, "--ready-timeout") if is_waited_for else None
 
     def require_possible(self, choice: handoff.Choice, specs: Sequence[ListenSpec]) -> None:
-        """Raise PortexecError where this hand-off, or these listeners, cannot do what was asked."""
+        """Raise UsageError where this hand-off, or these listeners, cannot do what was asked."""
         form = self.ready.form if self.ready else ""
         if self.is_lazy and choice.hand_off != handoff.FD:
-            raise PortexecError(
+            raise UsageError(
                 f"--lazy needs hand-off fd: with {choice.hand_off} ({choice.why}) nobody listens before the command runs",
                 "name the descriptor in the command as {fd}, or say -H fd if it reads LISTEN_FDS",
             )
         if form == LISTEN and choice.hand_off == handoff.FD:
-            raise PortexecError(
+            raise UsageError(
                 "--ready listen says nothing with hand-off fd: its sockets listen before the command runs",
                 "--ready accept waits until the command takes connections",
             )
         if form in (LISTEN, ACCEPT) and all(spec.kind == "udp" for spec in specs):
-            raise PortexecError(
+            raise UsageError(
                 f"--ready {form} needs a listener that takes connections, and UDP has none", "use --ready notify or none"
             )
         if form == HTTP and specs[0].kind == "udp":
-            raise PortexecError("--ready http asks the first listener, which is UDP", "list the TCP listener first")
+            raise UsageError("--ready http asks the first listener, which is UDP", "list the TCP listener first")
 
     def ready_for(self, hand_off: str) -> Ready:
         """What counts as ready with this hand-off."""
@@ -101,7 +101,7 @@ class Supervision:
 
 def _parse_then(text: str | None) -> str:
     if text is not None and not text.strip():
-        raise PortexecError("--then has an empty command", "write what is to run when the server is ready: --then 'npm test'")
+        raise UsageError("--then has an empty command", "write what is to run when the server is ready: --then 'npm test'")
     return text or ""
 
 
@@ -110,11 +110,13 @@ def _parse_ready(text: str | None) -> Ready | None:
         return None
     form, colon, argument = text.partition(":")
     if form not in READY_FORMS or (colon and form not in (HTTP, NOTIFY)):
-        raise PortexecError(f"--ready {text!r} is no known form", "one of listen, accept, http:PATH, notify, none")
+        raise UsageError(f"--ready {text!r} is no known form", "one of listen, accept, http:PATH, notify, none")
+    if not (text.isascii() and text.isprintable()) or " " in text:
+        raise UsageError(f"--ready {text!r} has a character that no request may have", "encode it, as %20 for a space")
     if form == HTTP:
         return Ready(HTTP, argument if argument.startswith("/") else f"/{argument}")
     if colon and not argument.startswith(("/", "@")):
-        raise PortexecError(f"--ready {text!r} names no socket", "write an absolute path, or @ and an abstract name")
+        raise UsageError(f"--ready {text!r} names no socket", "write an absolute path, or @ and an abstract name")
     return Ready(form, argument)
 
 
@@ -123,16 +125,16 @@ def _parse_fd(text: str) -> int:
     try:
         mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError:
-        raise PortexecError(
+        raise UsageError(
             f"--ready-fd {fd}: this descriptor is not open",
             f"open it in the shell: portexec --ready-fd {fd} ... {fd}>ready.json",
         ) from None
     if mode == os.O_RDONLY:
-        raise PortexecError(f"--ready-fd {fd}: this descriptor is open for reading only", "open it for writing")
+        raise UsageError(f"--ready-fd {fd}: this descriptor is open for reading only", "open it for writing")
     return fd
 
 
 def _parse_restart(text: str | None) -> str:
     if text is not None and text not in RESTARTS:
-        raise PortexecError(f"--restart {text!r} is not known", f"one of {', '.join(RESTARTS)}")
+        raise UsageError(f"--restart {text!r} is not known", f"one of {', '.join(RESTARTS)}")
     return text or NO

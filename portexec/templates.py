@@ -6,7 +6,7 @@ Literal replacement of known tokens and nothing else: all other braces stay, as 
 
 from __future__ import annotations
 
-from portexec.errors import PortexecError
+from portexec.errors import UsageError
 from portexec.spec import is_name
 
 TYPE_CHECKING = False
@@ -19,7 +19,7 @@ FIELDS = ("port", "host", "url", "fd")
 def expand(text: str, values: Mapping[str, str]) -> str:
     """Replace every token; `values` has them by what stands between the braces: `port`, `api.fd`.
 
-    Raises PortexecError for a token that is known in form but has no value.
+    Raises UsageError for a token that is known in form but has no value.
     """
     if "{" not in text:
         return text
@@ -60,15 +60,15 @@ def _is_token(token: str) -> bool:
     return field in FIELDS and (is_name(name) if dot else not name)
 
 
-def _no_value(token: str, values: Mapping[str, str]) -> PortexecError:
+def _no_value(token: str, values: Mapping[str, str]) -> UsageError:
     name, _, field = token.rpartition(".")
     names = sorted({known.rpartition(".")[0] for known in values} - {""})
     if name and name not in names:
-        return PortexecError(f"{{{token}}} names no listener of this run", f"the listeners are: {', '.join(names)}")
+        return UsageError(f"{{{token}}} names no listener of this run", f"the listeners are: {', '.join(names)}")
     if field == "fd":
-        return PortexecError(
+        return UsageError(
             f"{{{token}}} is only known with hand-off fd", "leave --hand-off out, or say --hand-off fd, or use {port}"
         )
-    return PortexecError(
+    return UsageError(
         f"{{{token}}}: a unix socket has no {field}", f"use {{{token.removesuffix(field)}url}}, which is unix:PATH"
     )

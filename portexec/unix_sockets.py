@@ -14,7 +14,7 @@ import os
 import stat
 import time
 
-from portexec.errors import PortexecError
+from portexec.errors import ListenError
 
 _MUTEX_TRIES = 400
 _MUTEX_PAUSE = 0.005  # seconds
@@ -23,7 +23,7 @@ _MUTEX_PAUSE = 0.005  # seconds
 def listen(socket: _socket.socket, path: str, backlog: int) -> None:
     """Bind and listen on a path, or on an abstract name for `@NAME`. Access is what the umask leaves.
 
-    Raises PortexecError when something that is alive, or is no socket, is in the way; OSError for the rest.
+    Raises ListenError when something that is alive, or is no socket, is in the way; OSError for the rest.
     """
     if path.startswith("@"):
         socket.bind("\0" + path[1:])
@@ -69,7 +69,7 @@ def _take_mutex(path: str) -> _socket.socket:
         else:
             return mutex
     mutex.close()
-    raise PortexecError(f"cannot listen on unix:{path}: another launch is at it", "try again")
+    raise ListenError(f"cannot listen on unix:{path}: another launch is at it", "try again")
 
 
 def _bind_path(socket: _socket.socket, path: str) -> None:
@@ -85,9 +85,9 @@ def _bind_path(socket: _socket.socket, path: str) -> None:
 
 def _require_dead(path: str) -> None:
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise PortexecError(f"cannot listen on unix:{path}: there is a file that is no socket", "choose another path")
+        raise ListenError(f"cannot listen on unix:{path}: there is a file that is no socket", "choose another path")
     if _somebody_accepts(path):
-        raise PortexecError(
+        raise ListenError(
             f"cannot listen on unix:{path}: Address already in use", "stop the server that has it, or choose another path"
         )
 

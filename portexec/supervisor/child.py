@@ -14,7 +14,7 @@ import os
 import sys
 
 from portexec import execute
-from portexec.errors import PortexecError, reason
+from portexec.errors import STATUS_FAILURE, PortexecError, reason
 from portexec.handoff import Plan
 from portexec.sockets import IP_FREEBIND
 from portexec.supervisor import libc, seccomp
@@ -33,8 +33,6 @@ FAILED = b"f"  # child: status, message and hint; the command cannot be executed
 
 SEPARATOR = "\0"
 
-_STATUS_GONE = 125
-
 
 def main(control: _socket.socket, plan: Plan, rehearsal_port: int | None, parent: int, inbox: Inbox) -> NoReturn:
     """Run the chain to its end. Never returns into the caller's code, which is the parent's.
@@ -52,7 +50,7 @@ def main(control: _socket.socket, plan: Plan, rehearsal_port: int | None, parent
                 inbox.restore()
                 _execute(control, plan)
     finally:
-        os._exit(_STATUS_GONE)
+        os._exit(STATUS_FAILURE)
 
 
 def _install(control: _socket.socket) -> bool:

@@ -6,7 +6,7 @@ import _signal
 
 import anyio
 
-from portexec.errors import PortexecError
+from portexec.errors import PortexecError, of_status
 from portexec.supervisor import shim as words
 from portexec.supervisor.shim import Shim
 
@@ -58,7 +58,7 @@ class Generation:
             heard, self._heard = self._heard, anyio.Event()
             heard.set()
         elif kind == words.FAILED:
-            self.failure = PortexecError(fields[1], fields[2], int(fields[0]))
+            self.failure = of_status(int(fields[0]), fields[1], fields[2])
         elif kind == words.ENDED:
             self.wait_status = int(fields[0])
             self.ended.set()

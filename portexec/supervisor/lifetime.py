@@ -14,7 +14,7 @@ import time
 import anyio
 
 from portexec import publish, supervision
-from portexec.errors import STATUS_FAILURE, STATUS_TIMEOUT, PortexecError, reason
+from portexec.errors import NotReady, PortexecError, reason
 from portexec.handoff import GUARD, Plan
 from portexec.supervisor import progress, signals, tree
 from portexec.supervisor import shim as words
@@ -47,9 +47,9 @@ class Outcome:
         self.error = error
 
     @classmethod
-    def failed(cls, message: str, hint: str = "", status: int = STATUS_FAILURE) -> Outcome:
+    def failed(cls, error: PortexecError) -> Outcome:
         """A failure of the run rather than the end of a command."""
-        return cls(status << 8, PortexecError(message, hint, status))
+        return cls(error.status << 8, error)
 
 
 class Lifetime:
@@ -179,9 +179,7 @@ class Lifetime:
         """The time is over. The first start ends the run; a later one counts as one that failed."""
         message = f"the command was not ready after {self._patience_with(generation):g} s: it did not {what}"
         if generation is self.current and not self._was_ready:
-            self._end(
-                Outcome.failed(message, "--ready-timeout gives it more time, --ready says what to wait for", STATUS_TIMEOUT)
-            )
+            self._end(Outcome.failed(NotReady(message, "--ready-timeout gives it more time, --ready says what to wait for")))
         else:
             self._say(f"portexec: note: {message}\n")
             generation.shim.tell(words.STOP)
@@ -221,12 +219,12 @@ class Lifetime:
     async def _follow_up(self, generation: Generation) -> None:
         self._ends_without_ready += generation.ready_since is None
         if generation.failure is not None:
-            self._end(Outcome(generation.failure.status << 8, generation.failure))
+            self._end(Outcome.failed(generation.failure))
         elif self._is_to_be_restarted(generation):
             await self._restart(generation)
         elif self.asked.then:
             when = "before the tests did" if self._tests is not None else "before it was ready"
-            self._end(Outcome.failed(f"the server ended {when}: {describe(generation.wait_status)}"))
+            self._end(Outcome.failed(PortexecError(f"the server ended {when}: {describe(generation.wait_status)}")))
         else:
             if generation.ready_since is None and self.ready.form != supervision.NONE:
                 self._say(f"portexec: note: the command ended before it was ready: {describe(generation.wait_status)}\n")
@@ -251,7 +249,7 @@ class Lifetime:
         try:
             self.launch.bound.listen_again()
         except OSError as error:
-            self._end(Outcome.failed(f"cannot listen again: {reason(error)}"))
+            self._end(Outcome.failed(PortexecError(f"cannot listen again: {reason(error)}")))
             return
         shim.tell(words.AGAIN)
         self.current = Generation(shim)
@@ -292,7 +290,7 @@ class Lifetime:
         try:
             self._tests = Generation(self._new_shim(self.launch.plan_shell(self.asked.then)))
         except OSError as error:
-            self._end(Outcome.failed(f"cannot start the tests: {reason(error)}"))
+            self._end(Outcome.failed(PortexecError(f"cannot start the tests: {reason(error)}")))
             return
         self._live.append(self._tests)
         self.tasks.start_soon(self._follow_tests, self._tests)
@@ -301,7 +299,7 @@ class Lifetime:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(tests.listen)
             await tests.ended.wait()
-            self._end(Outcome(tests.wait_status, tests.failure))
+            self._end(Outcome.failed(tests.failure) if tests.failure else Outcome(tests.wait_status))
         self._live.remove(tests)
 
     # The end.

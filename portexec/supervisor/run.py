@@ -14,7 +14,7 @@ import select
 import sys
 import time
 
-from portexec.errors import PortexecError, RefusedError
+from portexec.errors import RefusedError, of_status
 from portexec.sockets import Guard
 from portexec.supervisor import child as messages
 from portexec.supervisor import signals, tree
@@ -54,7 +54,7 @@ class Supervised:
         self._child.control.close()
         if message[:1] == messages.FAILED:
             status, text, hint = os.fsdecode(message[1:]).split(messages.SEPARATOR)
-            raise PortexecError(text, hint, int(status))
+            raise of_status(int(status), text, hint)
 
     def cancel(self) -> None:
         """End the child, unless it has ended, and make this process again what it was."""
