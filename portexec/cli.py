@@ -26,10 +26,12 @@ _STDOUT = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run portexec with these words, by default the command line's. Returns an exit status, or becomes the command."""
+    chosen = options.Options()
     try:
-        return _run(options.parse(sys.argv[1:] if arguments is None else arguments))
+        chosen = options.parse(sys.argv[1:] if arguments is None else arguments)
+        return _run(chosen)
     except PortexecError as error:
-        _print_error(error)
+        _report(error, chosen)
         return error.status
     except KeyboardInterrupt:
         _die_by(_signal.SIGINT)
@@ -71,9 +73,10 @@ def _stay(launch: Launch, asked: Supervision, chosen: options.Options) -> int:
     stay = Stay(launch, asked, quiet=chosen.quiet, verbose=chosen.verbose)
     if _start(launch, stay.start) is None:
         _start(launch, stay.start)  # as `hold`
+    stay.tell_bound()
     outcome = stay.run(_publish(launch, chosen))
     if outcome.error is not None:
-        _print_error(outcome.error)
+        _report(outcome.error, chosen)
     return end_as(outcome.wait_status)
 
 
@@ -165,6 +168,8 @@ def _publish(launch: Launch, chosen: options.Options) -> publish.Published:
         from portexec import explain
 
         publish.say(explain.verbose(launch))
+    if chosen.control_fd is not None:
+        return published  # the program was told
     if chosen.json and not chosen.quiet:
         publish.say(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
     elif not chosen.quiet:
@@ -184,7 +189,12 @@ def _print(text: str) -> int:
     return 0
 
 
-def _print_error(error: PortexecError) -> None:
+def _report(error: PortexecError, chosen: options.Options) -> None:
+    if chosen.control_fd is not None and chosen.control_fd.isdecimal():
+        from portexec import control
+
+        control.tell_error(int(chosen.control_fd), error)
+        return
     lines = [f"portexec: error: {error.message}"] + [f"portexec: hint: {error.hint}"] * bool(error.hint)
     publish.say("".join(line.replace("\n", "\\n") + "\n" for line in lines))
 

@@ -78,6 +78,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
             Option("", "--ready-fd", "N", "write one JSON line to descriptor N when ready"),
             Option("", "--restart", "no|on-failure|always", "start the command again, on the same socket"),
             Option("", "--lazy", "", "start the command at the first connection"),
+            Option("", "--control-fd", "N", "be driven by a program: JSON lines over this socket"),
             Option("-k", "--kill-after", "DURATION", "TERM to KILL for what is left behind; default 5s"),
         ),
     ),
@@ -145,6 +146,7 @@ class Options:
         self.ready_timeout: str | None = None
         self.ready_fd: str | None = None
         self.restart: str | None = None
+        self.control_fd: str | None = None
         self.lazy = False
         self.kill_after: str | None = None
         self.dry_run = False

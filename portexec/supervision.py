@@ -53,21 +53,24 @@ class Supervision:
     `is_killed`: `kill_after` was asked for, and so it also ends the patience with a command that was told to stop.
     """
 
-    __slots__ = ("is_killed", "is_lazy", "kill_after", "ready", "ready_fd", "ready_timeout", "restart", "then")
+    __slots__ = ("control_fd", "is_killed", "is_lazy", "kill_after", "ready", "ready_fd", "ready_timeout", "restart", "then")
 
     def __init__(self, chosen: options.Options) -> None:
         """Raises UsageError for what cannot be meant."""
         self.then = _parse_then(chosen.then)
         self.ready = _parse_ready(chosen.ready)
         self.ready_timeout = self._parse_timeout(chosen)
-        self.ready_fd = None if chosen.ready_fd is None else _parse_fd(chosen.ready_fd)
+        self.ready_fd = _parse_fd(chosen.ready_fd, "--ready-fd")
+        self.control_fd = _parse_fd(chosen.control_fd, "--control-fd")
         self.restart = _parse_restart(chosen.restart)
         self.is_lazy = chosen.lazy
         self.kill_after = options.kill_after(chosen)
         self.is_killed = chosen.kill_after is not None
 
     def _parse_timeout(self, chosen: options.Options) -> float | None:
-        is_waited_for = chosen.ready or chosen.ready_fd or chosen.ready_timeout or (chosen.then and not chosen.lazy)
+        is_waited_for = (
+            chosen.ready or chosen.ready_fd or chosen.control_fd or chosen.ready_timeout or (chosen.then and not chosen.lazy)
+        )
         return options.duration(chosen.ready_timeout or _DEFAULT_TIMEOUT, "--ready-timeout") if is_waited_for else None
 
     def require_possible(self, choice: handoff.Choice, specs: Sequence[ListenSpec]) -> None:
@@ -120,17 +123,19 @@ def _parse_ready(text: str | None) -> Ready | None:
     return Ready(form, argument)
 
 
-def _parse_fd(text: str) -> int:
-    fd = options.number(text, "--ready-fd", 0, _MAX_FD)
+def _parse_fd(text: str | None, option: str) -> int | None:
+    if text is None:
+        return None
+    fd = options.number(text, option, 0, _MAX_FD)
     try:
         mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError:
         raise UsageError(
-            f"--ready-fd {fd}: this descriptor is not open",
-            f"open it in the shell: portexec --ready-fd {fd} ... {fd}>ready.json",
+            f"{option} {fd}: this descriptor is not open",
+            f"open it in the shell: portexec {option} {fd} ... {fd}>FILE",
         ) from None
     if mode == os.O_RDONLY:
-        raise UsageError(f"--ready-fd {fd}: this descriptor is open for reading only", "open it for writing")
+        raise UsageError(f"{option} {fd}: this descriptor is open for reading only", "open it for writing")
     return fd
 
 

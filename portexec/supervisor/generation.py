@@ -15,10 +15,12 @@ class Generation:
     """A start of a command below a shim, which has been told to prepare it.
 
     `pid` is the command's, or what it said by MAINPID=; 0 until it runs. `failure` is set when it could not be executed.
+    A lazy one is not told to go as soon as it is prepared.
     """
 
-    def __init__(self, shim: Shim) -> None:
+    def __init__(self, shim: Shim, *, is_lazy: bool = False) -> None:
         self.shim = shim
+        self.is_lazy = is_lazy
         self.pid = 0
         self.wait_status = 0
         self.failure: PortexecError | None = None
@@ -49,7 +51,8 @@ class Generation:
 
     def _take(self, kind: bytes, fields: list[str]) -> None:
         if kind == words.PREPARED:
-            self.shim.tell(words.GO)
+            if not self.is_lazy:
+                self.shim.tell(words.GO)
         elif kind == words.STARTED:
             self.pid = int(fields[0])
             self.started.set()

@@ -13,7 +13,7 @@ import time
 
 import anyio
 
-from portexec import publish, supervision
+from portexec import control, publish, supervision
 from portexec.errors import NotReady, PortexecError, reason
 from portexec.handoff import GUARD, Plan
 from portexec.supervisor import progress, signals, tree
@@ -98,9 +98,9 @@ class Lifetime:
             tasks.start_soon(self._follow_signals)
             if self.notify is not None:
                 tasks.start_soon(self._follow_notifications, self.notify)
+            if self.asked.control_fd is not None:
+                tasks.start_soon(self._follow_requests, self.asked.control_fd)
             self._begin(self.current)
-            if self.asked.is_lazy:
-                tasks.start_soon(self._start_lazily, self.current)
             await self._over.wait()
             await self._stop_all()
             tasks.cancel_scope.cancel()
@@ -117,6 +117,8 @@ class Lifetime:
     def _begin(self, generation: Generation) -> None:
         self._live.append(generation)
         self.tasks.start_soon(self._look_after, generation)
+        if self.asked.is_lazy:
+            self.tasks.start_soon(self._start_lazily, generation)
 
     async def _look_after(self, generation: Generation) -> None:
         async with anyio.create_task_group() as tasks:
@@ -126,13 +128,14 @@ class Lifetime:
                 await self._wait_until_ready(generation)
         self._live.remove(generation)
         async with self._changing:
-            if generation is not self.current:
+            if generation.shim is not self.current.shim:
                 self._dismiss(generation.shim)
-            elif not self._over.is_set():
+            elif generation is self.current and not self._over.is_set():
                 await self._follow_up(generation)
 
     async def _wait_for_end(self, generation: Generation, waiting: anyio.CancelScope) -> None:
         await generation.ended.wait()
+        self._tell("ended", status=generation.wait_status)
         waiting.cancel()
 
     async def _start_lazily(self, generation: Generation) -> None:
@@ -158,6 +161,7 @@ class Lifetime:
             is_shared=any(other not in (generation, self._tests) for other in self._live),
         )
         await generation.started.wait()
+        self._tell("started", pid=generation.pid)
         with anyio.move_on_after(self._patience_with(generation)) as scope:
             async with anyio.create_task_group() as tasks:
                 if not self.quiet:
@@ -188,6 +192,7 @@ class Lifetime:
         generation.ready_since = time.monotonic()
         generation.ready.set()
         self._ends_without_ready = 0
+        self._tell("ready", pid=generation.pid, listeners=self._described())
         if self.verbose:
             publish.say(f"portexec: ready after {generation.ready_since - self._began:.2f}s\n")
         if not self._was_ready:
@@ -200,12 +205,11 @@ class Lifetime:
         """One JSON line to the descriptor of `--ready-fd`, which is closed then."""
         if self.asked.ready_fd is None:
             return
-        listeners = publish.described(self.launch.bound.listeners, self.launch.first_fd)
         told = {
             "pid": os.getpid(),
             "command_pid": generation.pid,
             "hand_off": self.launch.choice.hand_off,
-            "listeners": listeners,
+            "listeners": self._described(),
         }
         try:
             os.write(self.asked.ready_fd, json.dumps(told).encode() + b"\n")
@@ -213,6 +217,9 @@ class Lifetime:
             pass  # nobody wants to know any more
         if self.asked.ready_fd > 2:
             os.close(self.asked.ready_fd)
+
+    def _described(self) -> list[dict[str, str | int]]:
+        return publish.described(self.launch.bound.listeners, self.launch.first_fd)
 
     # What follows the end of a generation.
 
@@ -252,8 +259,17 @@ class Lifetime:
             self._end(Outcome.failed(PortexecError(f"cannot listen again: {reason(error)}")))
             return
         shim.tell(words.AGAIN)
-        self.current = Generation(shim)
+        self.current = Generation(shim, is_lazy=self.asked.is_lazy)
         self._begin(self.current)
+
+    async def _restart_as_asked(self) -> None:
+        """Stop the whole tree, and start the command again with all that is bound."""
+        async with self._changing:
+            old = self.current
+            old.shim.tell(words.STOP)
+            await old.gone.wait()
+            if not self._over.is_set():
+                await self._start_again(old.shim)
 
     async def _replace(self) -> None:
         """Start a new generation beside the old one; when it is ready the old one is told to end, and may drain."""
@@ -387,6 +403,21 @@ class Lifetime:
         for _, status in signals.reap():
             if os.WIFSTOPPED(status):
                 signals.stop_with(_signal.SIGTSTP)  # a shim stopped because its command was
+
+    async def _follow_requests(self, fd: int) -> None:
+        """Do what the program at the control descriptor asks for; its end is the end of all."""
+        while not self._over.is_set():
+            await anyio.wait_readable(fd)
+            data = os.read(fd, 1 << 16)
+            for request in control.requests(data) if data else ["stop"]:
+                if request == "restart":
+                    self.tasks.start_soon(self._restart_as_asked)
+                elif request == "stop":
+                    self._end(Outcome(0))
+
+    def _tell(self, event: str, **fields: object) -> None:
+        if self.asked.control_fd is not None:
+            control.tell(self.asked.control_fd, event, **fields)
 
     async def _follow_notifications(self, notify: NotifySocket) -> None:
         own = self.launch.request.given.get("NOTIFY_SOCKET", "")

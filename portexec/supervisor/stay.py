@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from portexec import publish, supervision
+from portexec import control, publish, supervision
 from portexec.handoff import GUARD
 from portexec.supervisor.notify import VARIABLE, NotifySocket
 from portexec.supervisor.shim import GO, Job, Shim
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from portexec.supervision import Supervision
     from portexec.supervisor.lifetime import Outcome
 
+_STDERR = 2
 _EXPORT_IS_NEW = b"export is new"
 
 
@@ -30,8 +31,9 @@ class Stay:
         self.verbose = verbose
         self.notify = self._make_notify_socket()
         self.inbox = Inbox()
-        if asked.ready_fd is not None and asked.ready_fd > 2:
-            os.set_inheritable(asked.ready_fd, False)
+        for fd in (asked.ready_fd, asked.control_fd):
+            if fd is not None and fd > _STDERR:
+                os.set_inheritable(fd, False)  # it is for us, not for the command
 
     def start(self) -> Shim:
         """Start the first shim, up to where it waits for the word.
@@ -48,6 +50,12 @@ class Stay:
         if self.launch.choice.hand_off == GUARD:
             self.launch.bound.release_guards()  # the shim has them, and sometimes has to step aside with them
         return shim
+
+    def tell_bound(self) -> None:
+        """Tell the program at the control descriptor what was bound."""
+        if self.asked.control_fd is not None:
+            listeners = publish.described(self.launch.bound.listeners, self.launch.first_fd)
+            control.tell(self.asked.control_fd, "bound", hand_off=self.launch.choice.hand_off, listeners=listeners)
 
     def run(self, published: publish.Published) -> Outcome:
         """Run to the end, and withdraw what was published."""

@@ -1,0 +1,45 @@
+"""The control descriptor: how a program drives portexec, such as the Python API. JSON lines over a stream socket.
+
+    portexec -> program   {"event": "bound", "hand_off": ..., "listeners": [...]}     before the command starts
+                          {"event": "started", "pid": ...}
+                          {"event": "ready", "pid": ..., "listeners": [...]}          where it really listens
+                          {"event": "ended", "status": ...}                           the command; as waitpid(2) gives it
+                          {"event": "error", "kind": ..., "message": ..., "hint": ...}
+    program -> portexec   {"do": "restart"}                                           stop the tree, start it anew
+                          {"do": "stop"}                                              so does the end of the socket
+
+The end of the socket is the news that portexec has ended, and that nothing of the command is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from portexec.errors import PortexecError
+
+
+def tell(fd: int, event: str, **fields: object) -> None:
+    """Send an event. Nobody has to be there any more."""
+    try:
+        os.write(fd, json.dumps({"event": event, **fields}).encode() + b"\n")
+    except OSError:
+        pass
+
+
+def tell_error(fd: int, error: PortexecError) -> None:
+    """Send an error, by the name of its class."""
+    tell(fd, "error", kind=type(error).__name__, message=error.message, hint=error.hint)
+
+
+def requests(data: bytes) -> list[str]:
+    """What is asked for in whole lines; what is not understood is left out."""
+    asked = []
+    for line in data.splitlines():
+        try:
+            request = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(request, dict):
+            asked.append(str(request.get("do")))
+    return asked

@@ -1,0 +1,55 @@
+"""`portexec.listen`: a guarded, listening socket for a server in the caller's own process."""
+
+from __future__ import annotations
+
+import socket
+
+from portexec import sockets
+from portexec.errors import PortexecError, UsageError, reason
+from portexec.spec import parse_listen
+
+
+class GuardedSocket(socket.socket):
+    """A listening `socket.socket` whose number nobody else can have for as long as it is open.
+
+    It owns the guard, and gives it back when it is closed (or collected). `detach` gives up the guard's protection.
+    """
+
+    def __init__(self, bound: sockets.Bound) -> None:
+        """Take over the one listener of `bound` and its guard."""
+        listener = bound.listeners[0]
+        assert listener.socket is not None  # noqa: S101  # bound with listening=True
+        super().__init__(fileno=listener.socket.detach())
+        self._bound = bound
+        self._url = listener.url
+
+    @property
+    def url(self) -> str:
+        """Where a client finds it: `http://HOST:PORT`, `udp://HOST:PORT` or `unix:PATH`."""
+        return self._url
+
+    def close(self) -> None:
+        """Close the socket and give back its number; a unix socket is removed from the file system."""
+        super().close()
+        self._bound.close()
+
+    def detach(self) -> int:
+        """Give the descriptor to the caller, and the guard back to the system."""
+        fd = super().detach()
+        self._bound.release_guards()
+        return fd
+
+
+def listen(spec: str = "127.0.0.1:0", *, backlog: int = 0) -> GuardedSocket:
+    """A listening socket for this listen spec, with its number guarded; for a server in this process.
+
+    Give it to `uvicorn.Server.serve(sockets=[...])`, `asyncio.start_server(sock=...)`, or a `http.server`. A `spec` is what
+    `portexec --listen` takes, without a name: `127.0.0.1:0`, `3000,0`, `*:0`, `unix:PATH`; `backlog` 0 is the greatest.
+    Blocking, close-on-exec, with TCP_NODELAY. Raises `UsageError` for a malformed spec, `ListenError` when none can be had.
+    """
+    if not isinstance(spec, str):
+        raise UsageError(f"listen takes one spec as text, not {spec!r}", "call it once for each socket: listen('127.0.0.1:0')")
+    try:
+        return GuardedSocket(sockets.bind_all(parse_listen([spec]), listening=True, backlog=backlog))
+    except OSError as error:
+        raise PortexecError(f"cannot listen on {spec}: {reason(error)}") from error
