@@ -73,7 +73,6 @@ def _stay(launch: Launch, asked: Supervision, chosen: options.Options) -> int:
     stay = Stay(launch, asked, quiet=chosen.quiet, verbose=chosen.verbose)
     if _start(launch, stay.start) is None:
         _start(launch, stay.start)  # as `hold`
-    stay.tell_bound()
     outcome = stay.run(_publish(launch, chosen))
     if outcome.error is not None:
         _report(outcome.error, chosen)

@@ -18,6 +18,11 @@ import os
 
 from portexec.errors import PortexecError
 
+RESTART = "restart"
+STOP = "stop"
+
+_MAX_REQUEST = 1 << 16
+
 
 def tell(fd: int, event: str, **fields: object) -> None:
     """Send an event. Nobody has to be there any more."""
@@ -32,14 +37,15 @@ def tell_error(fd: int, error: PortexecError) -> None:
     tell(fd, "error", kind=type(error).__name__, message=error.message, hint=error.hint)
 
 
-def requests(data: bytes) -> list[str]:
-    """What is asked for in whole lines; what is not understood is left out."""
-    asked = []
-    for line in data.splitlines():
-        try:
-            request = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(request, dict):
-            asked.append(str(request.get("do")))
-    return asked
+def receive(fd: int) -> list[str]:
+    """What is asked for next; what is not understood is left out. The end of the socket asks to stop."""
+    data = os.read(fd, _MAX_REQUEST)
+    return [_request(line) for line in data.splitlines()] if data else [STOP]
+
+
+def _request(line: bytes) -> str:
+    try:
+        request = json.loads(line)
+    except ValueError:
+        return ""
+    return str(request.get("do")) if isinstance(request, dict) else ""

@@ -10,6 +10,10 @@ from portexec.errors import PortexecError, of_status
 from portexec.supervisor import shim as words
 from portexec.supervisor.shim import Shim
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 class Generation:
     """A start of a command below a shim, which has been told to prepare it.
@@ -48,6 +52,14 @@ class Generation:
         """Wait until the command listens on this number. Only admission sees that."""
         while port not in self.hosts:
             await self._heard.wait()
+
+    def take_notification(self, fields: Mapping[str, str]) -> None:
+        """Take what the command said to its service manager, sd_notify(3)."""
+        self.status_text = fields.get("STATUS", self.status_text)
+        if fields.get("MAINPID", "").isdecimal():
+            self.pid = int(fields["MAINPID"])
+        if fields.get("READY") == "1":
+            self.said_ready.set()
 
     def _take(self, kind: bytes, fields: list[str]) -> None:
         if kind == words.PREPARED:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-from portexec import control, publish, supervision
+from portexec import publish, supervision
 from portexec.handoff import GUARD
 from portexec.supervisor.notify import VARIABLE, NotifySocket
+from portexec.supervisor.reporter import Reporter
 from portexec.supervisor.shim import GO, Job, Shim
 from portexec.supervisor.signals import Inbox
 
@@ -27,8 +28,9 @@ class Stay:
     def __init__(self, launch: Launch, asked: Supervision, *, quiet: bool, verbose: bool) -> None:
         self.launch = launch
         self.asked = asked
-        self.quiet = quiet
-        self.verbose = verbose
+        self.reporter = Reporter(
+            launch, ready_fd=asked.ready_fd, control_fd=asked.control_fd, is_quiet=quiet, is_verbose=verbose
+        )
         self.notify = self._make_notify_socket()
         self.inbox = Inbox()
         for fd in (asked.ready_fd, asked.control_fd):
@@ -51,26 +53,23 @@ class Stay:
             self.launch.bound.release_guards()  # the shim has them, and sometimes has to step aside with them
         return shim
 
-    def tell_bound(self) -> None:
-        """Tell the program at the control descriptor what was bound."""
-        if self.asked.control_fd is not None:
-            listeners = publish.described(self.launch.bound.listeners, self.launch.first_fd)
-            control.tell(self.asked.control_fd, "bound", hand_off=self.launch.choice.hand_off, listeners=listeners)
-
     def run(self, published: publish.Published) -> Outcome:
         """Run to the end, and withdraw what was published."""
+        self.reporter.tell_bound()
         if not self.asked.is_lazy:
             self.shim.tell(GO + _EXPORT_IS_NEW * bool(published.lines))
-        from portexec.supervisor import lifetime
-
-        life = lifetime.Lifetime(
-            self.launch, self.asked, self.shim, self.inbox, self._job_for, self.notify, quiet=self.quiet, verbose=self.verbose
-        )
         try:
-            return lifetime.run(life)
+            return self._live()
         finally:
             published.withdraw()
             self._clean_up()
+
+    def _live(self) -> Outcome:
+        """anyio and what needs it is imported while the command starts."""
+        from portexec.supervisor import lifetime, pool
+
+        shims = pool.Pool(self.shim, self._job_for, self.inbox)
+        return lifetime.run(lifetime.Lifetime(self.launch, self.asked, shims, self.inbox, self.notify, self.reporter))
 
     def _make_notify_socket(self) -> NotifySocket | None:
         ready = self.asked.ready
@@ -90,8 +89,8 @@ class Stay:
             remap=self.launch.remap,
             is_killed=self.asked.is_killed,
             has_stdin=not (is_server and self.asked.then),
-            quiet=self.quiet,
-            verbose=self.verbose,
+            quiet=self.reporter.is_quiet,
+            verbose=self.reporter.is_verbose,
             farewell=self._say_farewell if is_server else _do_nothing,
         )
 

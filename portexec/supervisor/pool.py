@@ -1,0 +1,61 @@
+"""All shims of a run, and the generations below them that are alive: starting, telling, waiting, clearing away."""
+
+from __future__ import annotations
+
+import anyio
+
+from portexec.supervisor import tree
+from portexec.supervisor.generation import Generation
+from portexec.supervisor.shim import Job, Shim
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from portexec.handoff import Plan
+    from portexec.supervisor.signals import Inbox
+
+
+class Pool:
+    """The owner of the shims, of which the first is there already."""
+
+    def __init__(self, first: Shim, job_for: Callable[[Plan], Job], inbox: Inbox) -> None:
+        self.shims = [first]
+        self.live: list[Generation] = []
+        self._job_for = job_for
+        self._inbox = inbox
+
+    def new_shim(self, plan: Plan) -> Shim:
+        """Fork another shim. Raises OSError when resources run out."""
+        shim = Shim(self._job_for(plan), self._inbox)
+        self.shims.append(shim)
+        return shim
+
+    def dismiss(self, shim: Shim) -> None:
+        """End a shim whose tree is gone."""
+        if shim in self.shims:
+            self.shims.remove(shim)
+            shim.leave()
+
+    def tell_all(self, word: bytes) -> None:
+        """Say a word to the shims of all that is alive."""
+        for generation in self.live:
+            generation.shim.tell(word)
+
+    async def all_ended(self) -> None:
+        """Wait until every command has ended."""
+        for generation in list(self.live):
+            await generation.ended.wait()
+
+    async def all_gone(self) -> None:
+        """Wait until nothing of any is left."""
+        for generation in list(self.live):
+            await generation.gone.wait()
+
+    async def clear_away(self, kill_after: float) -> None:
+        """Stop whoever is still below us, left behind by a shim that was killed, and end the shims, which run nothing."""
+        stop = tree.Stop(kill_after, spare={shim.pid for shim in self.shims})
+        while stop.step():
+            await anyio.sleep(tree.POLL)
+        for shim in list(self.shims):
+            self.dismiss(shim)

@@ -1,0 +1,88 @@
+"""What a run says to whoever looks on: people on stderr, and programs at `--ready-fd` and `--control-fd`."""
+
+from __future__ import annotations
+
+import os
+
+from portexec import publish
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from portexec.launch import Launch
+
+_STDERR = 2
+
+
+class Reporter:
+    """Says what is to be said, and what nobody wants to hear does not."""
+
+    def __init__(
+        self, launch: Launch, *, ready_fd: int | None, control_fd: int | None, is_quiet: bool, is_verbose: bool
+    ) -> None:
+        self.launch = launch
+        self.ready_fd = ready_fd
+        self.control_fd = control_fd
+        self.is_quiet = is_quiet
+        self.is_verbose = is_verbose
+
+    def error(self, text: str) -> None:
+        """Something has failed, and the run goes on."""
+        publish.say(f"portexec: error: {text}\n")
+
+    def note(self, text: str) -> None:
+        """Something that a person should know."""
+        if not self.is_quiet:
+            publish.say(f"portexec: note: {text}\n")
+
+    def detail(self, text: str) -> None:
+        """Something for `-v`."""
+        if self.is_verbose:
+            publish.say(f"portexec: {text}\n")
+
+    def tell(self, event: str, **fields: object) -> None:
+        """An event for the program at the control descriptor."""
+        if self.control_fd is not None:
+            from portexec import control
+
+            control.tell(self.control_fd, event, **fields)
+
+    def tell_bound(self) -> None:
+        """What was bound, for that program, before the command starts."""
+        self.tell("bound", hand_off=self.launch.choice.hand_off, listeners=self._listeners())
+
+    def tell_ready(self, pid: int) -> None:
+        """That the command is ready, and where it really listens."""
+        self.tell("ready", pid=pid, listeners=self._listeners())
+
+    def announce_ready(self, command_pid: int) -> None:
+        """One JSON line to the descriptor of `--ready-fd`, which is closed then."""
+        if self.ready_fd is None:
+            return
+        import json
+
+        told = {
+            "pid": os.getpid(),
+            "command_pid": command_pid,
+            "hand_off": self.launch.choice.hand_off,
+            "listeners": self._listeners(),
+        }
+        try:
+            os.write(self.ready_fd, json.dumps(told).encode() + b"\n")
+        except OSError:
+            pass  # nobody wants to know any more
+        if self.ready_fd > _STDERR:
+            os.close(self.ready_fd)
+        self.ready_fd = None
+
+    def _listeners(self) -> list[dict[str, str | int]]:
+        return publish.described(self.launch.bound.listeners, self.launch.first_fd)
+
+
+def describe(wait_status: int) -> str:
+    """How a command ended, in words."""
+    if not os.WIFSIGNALED(wait_status):
+        return f"exit status {os.WEXITSTATUS(wait_status)}"
+    import signal
+
+    number = os.WTERMSIG(wait_status)
+    return f"killed by {signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'}"

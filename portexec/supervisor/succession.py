@@ -1,0 +1,260 @@
+"""The server's generations: each start, from the word to go until it is ready and to its end, and what follows it.
+
+restart      the command has ended: the same shim starts it again, after a pause
+replacement  HUP: another shim starts it beside the old one, which is told to end when the new one is ready
+"""
+
+from __future__ import annotations
+
+import _signal
+import time
+
+import anyio
+
+from portexec import supervision
+from portexec.errors import NotReady, PortexecError, reason
+from portexec.handoff import GUARD
+from portexec.supervisor import progress, signals
+from portexec.supervisor import shim as words
+from portexec.supervisor.generation import Generation
+from portexec.supervisor.readiness import Readiness
+from portexec.supervisor.reporter import describe
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import TaskGroup
+
+    from portexec.launch import Launch
+    from portexec.supervision import Supervision
+    from portexec.supervisor.pool import Pool
+    from portexec.supervisor.reporter import Reporter
+    from portexec.supervisor.shim import Shim
+
+_FIRST_DELAY = 0.1  # seconds before the first restart; each further one waits twice as long
+_LONGEST_DELAY = 10.0
+_GOOD_TIME = 10.0  # seconds: a command that was ready for so long begins anew with the delays
+_FAILURES = 5  # so many ends in a row without ever being ready are enough
+_REPLACEMENT_TIMEOUT = 60.0  # seconds for a new generation to become ready, where nothing else was said
+
+
+class Succession:
+    """The generations of one server, of which `current` is the one that counts.
+
+    `on_ready` is called when it is ready for the first time; `on_end` when it has ended for good, with the last generation
+    or with the error that there is no other.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        asked: Supervision,
+        pool: Pool,
+        reporter: Reporter,
+        tasks: TaskGroup,
+        *,
+        on_ready: Callable[[], None],
+        on_end: Callable[[Generation, PortexecError | None], None],
+    ) -> None:
+        self.launch = launch
+        self.asked = asked
+        self.pool = pool
+        self.reporter = reporter
+        self.tasks = tasks
+        self.on_ready = on_ready
+        self.on_end = on_end
+        self.is_over = False  # no other generation is to follow
+        self.was_ready = False
+        self.current = Generation(pool.shims[0], is_lazy=asked.is_lazy)
+        self._ready = asked.ready_for(launch.choice.hand_off)
+        self._began = time.monotonic()
+        self._changing = anyio.Lock()  # held while one generation follows another
+        self._is_replacement_due = False
+        self._ends_without_ready = 0
+        self._delay = _FIRST_DELAY
+        self._generations: list[Generation] = []  # that are alive
+        self._begin(self.current)
+
+    def can_replace(self) -> bool:
+        """Whether HUP means a replacement: two generations can share sockets that we pass on, and no number."""
+        return self.asked.restart != supervision.NO and self.launch.first_fd is not None
+
+    def replace(self) -> None:
+        """Replace the generation by a new one, unless that is about to begin."""
+        if not self._is_replacement_due:
+            self._is_replacement_due = True
+            self.tasks.start_soon(self._replace)
+
+    def restart(self) -> None:
+        """Stop the whole tree, and start the command again with all that is bound."""
+        self.tasks.start_soon(self._restart_as_asked)
+
+    def newest(self) -> Generation:
+        """The generation that was started last."""
+        return self._generations[-1] if self._generations else self.current
+
+    def generation_of(self, pid: int, is_below: Callable[[int, int], bool]) -> Generation:
+        """The one below whose shim the process is; the newest where nobody knows."""
+        return next((each for each in self._generations if is_below(pid, each.shim.pid)), self.newest())
+
+    # One generation, from its start to its end.
+
+    def _begin(self, generation: Generation) -> None:
+        self.pool.live.append(generation)
+        self._generations.append(generation)
+        self.tasks.start_soon(self._look_after, generation)
+        if generation.is_lazy:
+            self.tasks.start_soon(self._start_at_first_connection, generation)
+
+    async def _look_after(self, generation: Generation) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(generation.listen)
+            with anyio.CancelScope() as waiting:
+                tasks.start_soon(self._wait_for_end, generation, waiting)
+                await self._wait_until_ready(generation)
+        self.pool.live.remove(generation)
+        self._generations.remove(generation)
+        async with self._changing:
+            if generation.shim is not self.current.shim:
+                self.pool.dismiss(generation.shim)
+            elif generation is self.current and not self.is_over:
+                await self._follow_up(generation)
+
+    async def _wait_for_end(self, generation: Generation, waiting: anyio.CancelScope) -> None:
+        await generation.ended.wait()
+        self.reporter.tell("ended", status=generation.wait_status)
+        waiting.cancel()
+
+    async def _start_at_first_connection(self, generation: Generation) -> None:
+        async with anyio.create_task_group() as tasks:
+            for listener in self.launch.bound.listeners:
+                if listener.socket is not None:
+                    tasks.start_soon(self._wait_for_client, listener.socket.fileno(), tasks.cancel_scope)
+        generation.shim.tell(words.GO)
+
+    async def _wait_for_client(self, fd: int, waiting: anyio.CancelScope) -> None:
+        await anyio.wait_readable(fd)
+        waiting.cancel()
+
+    async def _wait_until_ready(self, generation: Generation) -> None:
+        await generation.started.wait()
+        self.reporter.tell("started", pid=generation.pid)
+        readiness = Readiness(
+            self._ready,
+            self.launch.bound.listeners,
+            generation,
+            is_admitted=self.launch.choice.hand_off == GUARD,
+            is_shared=len(self._generations) > 1,
+        )
+        patience = self._patience_with(generation)
+        with anyio.move_on_after(patience) as scope:
+            async with anyio.create_task_group() as tasks:
+                if not self.reporter.is_quiet:
+                    tasks.start_soon(progress.show, readiness.what)
+                await readiness.wait()
+                tasks.cancel_scope.cancel()
+        if scope.cancelled_caught:
+            self._give_up(generation, f"the command was not ready after {patience:g} s: it did not {readiness.what()}")
+        else:
+            self._become_ready(generation)
+
+    def _patience_with(self, generation: Generation) -> float | None:
+        """The seconds that it has to become ready; None for ever."""
+        if self.asked.ready_timeout is None and generation is not self.current:
+            return _REPLACEMENT_TIMEOUT
+        return self.asked.ready_timeout
+
+    def _give_up(self, generation: Generation, message: str) -> None:
+        """The time is over. The end of all, unless there was or will be another generation to go on with."""
+        is_alone = generation is self.current and (not self.was_ready or self.asked.restart == supervision.NO)
+        if is_alone:
+            hint = "--ready-timeout gives it more time, --ready says what to wait for"
+            self.on_end(generation, NotReady(message, hint))
+        else:
+            self.reporter.note(message)
+            generation.shim.tell(words.STOP)
+
+    def _become_ready(self, generation: Generation) -> None:
+        generation.ready_since = time.monotonic()
+        generation.ready.set()
+        self._ends_without_ready = 0
+        self.reporter.tell_ready(generation.pid)
+        self.reporter.detail(f"ready after {generation.ready_since - self._began:.2f}s")
+        if not self.was_ready:
+            self.was_ready = True
+            self.reporter.announce_ready(generation.pid)
+            self.on_ready()
+
+    # What follows its end.
+
+    async def _follow_up(self, generation: Generation) -> None:
+        self._ends_without_ready += generation.ready_since is None
+        if self._is_to_be_restarted(generation):
+            await self._restart(generation)
+        else:
+            self.on_end(generation, generation.failure)
+
+    def _is_to_be_restarted(self, generation: Generation) -> bool:
+        if generation.failure is not None or generation.is_shim_gone() or self._ends_without_ready >= _FAILURES:
+            return False
+        has_failed = generation.wait_status != 0
+        return self.asked.restart == supervision.ALWAYS or (self.asked.restart == supervision.ON_FAILURE and has_failed)
+
+    async def _restart(self, generation: Generation) -> None:
+        if generation.ready_since is not None and time.monotonic() - generation.ready_since > _GOOD_TIME:
+            self._delay = _FIRST_DELAY
+        self.reporter.note(f"the command ended ({describe(generation.wait_status)}); restart in {self._delay:g} s")
+        await anyio.sleep(self._delay)
+        self._delay = min(2 * self._delay, _LONGEST_DELAY)
+        self._start_again(generation.shim)
+
+    async def _restart_as_asked(self) -> None:
+        async with self._changing:
+            old = self.current
+            old.shim.tell(words.STOP)
+            await old.gone.wait()
+            if not self.is_over:
+                self._start_again(old.shim)
+
+    def _start_again(self, shim: Shim) -> None:
+        try:
+            self.launch.bound.listen_again()
+        except OSError as error:
+            self.on_end(self.current, PortexecError(f"cannot listen again: {reason(error)}"))
+            return
+        shim.tell(words.AGAIN)
+        self.current = Generation(shim, is_lazy=self.asked.is_lazy)
+        self._begin(self.current)
+
+    async def _replace(self) -> None:
+        """Start a new generation beside the old one; when it is ready the old one is told to end, and may drain."""
+        async with self._changing:
+            self._is_replacement_due = False
+            old = self.current
+            if self.is_over or old.ended.is_set():
+                return
+            try:
+                new = Generation(self.pool.new_shim(self.launch.plan))
+            except OSError as error:
+                self.reporter.error(f"cannot start a new generation, the old one goes on: {reason(error)}")
+                return
+            self._begin(new)
+            if await self._has_become_ready(new):
+                self.current = new
+                self.reporter.detail("the new generation is ready, the old one is told to end")
+                signals.send(old.shim.pid, _signal.SIGTERM)
+            else:
+                how = new.failure.message if new.failure else describe(new.wait_status)
+                self.reporter.error(f"the new generation was not ready, the old one goes on: {how}")
+
+    async def _has_become_ready(self, generation: Generation) -> bool:
+        async with anyio.create_task_group() as tasks:
+            for event in (generation.ready, generation.ended):
+                tasks.start_soon(_wait_and_cancel, event, tasks.cancel_scope)
+        return generation.ready.is_set() and not generation.ended.is_set()
+
+
+async def _wait_and_cancel(event: anyio.Event, scope: anyio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
