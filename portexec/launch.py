@@ -55,10 +55,10 @@ class Request:
         return self.lowest_fd + len(self.inherited)
 
     def environment(
-        self, from_files: Mapping[str, str], injected: Mapping[str, str], values: Mapping[str, str]
+        self, from_files: Mapping[str, str], injected: Mapping[str, str], extra: Mapping[str, str], values: Mapping[str, str]
     ) -> dict[str, str]:
         """The whole environment of a command, with these variables and, in what the user set, these templates."""
-        extra = {name: templates.expand(text, values) for name, text in self.extra.items()}
+        extra = {name: templates.expand(text, values) for name, text in extra.items()}
         return environment.compose(self.given, from_files, injected, extra, without=activation.VARIABLES)
 
     def choose(self) -> handoff.Choice:
@@ -115,11 +115,9 @@ class Launch:
     def plan_shell(self, script: str) -> handoff.Plan:
         """A plan for the shell to run this script, which has the templates and the environment but no listener."""
         values = handoff.template_values(self.bound.listeners, None)
-        return handoff.Plan(
-            SHELL,
-            ["sh", "-c", templates.expand(script, values)],
-            self.request.environment(self.from_files, self.variables, values),
-        )
+        extra = {name: text for name, text in self.request.extra.items() if not templates.uses(text, "fd")}
+        environment = self.request.environment(self.from_files, self.variables, extra, values)
+        return handoff.Plan(SHELL, ["sh", "-c", templates.expand(script, values)], environment)
 
 
 def prepare(chosen: options.Options) -> Launch:
@@ -148,7 +146,7 @@ def _plan(request: Request, choice: handoff.Choice, bound: sockets.Bound) -> Lau
     values = handoff.template_values(bound.listeners, first_fd)
     names = handoff.announced_names(choice, request.inherited, bound.listeners, request.lowest_fd)
     from_files = environment.read_env_files(request.chosen.env_file, request.given | variables)
-    complete = request.environment(from_files, variables | activation.variables(names), values)
+    complete = request.environment(from_files, variables | activation.variables(names), request.extra, values)
     passed = handoff.descriptors(request.inherited, bound.listeners)
     _require_room(request.lowest_fd + len(passed))
     argv = [templates.expand(word, values) for word in request.chosen.command]
@@ -166,6 +164,8 @@ def _plan(request: Request, choice: handoff.Choice, bound: sockets.Bound) -> Lau
     launch = Launch(request, from_files, choice, bound, plan, variables, first_fd, remap)
     if choice.hand_off == handoff.HOLD:
         launch.hold(choice.why)
+    if request.supervision is not None and request.supervision.then:
+        launch.plan_shell(request.supervision.then)  # refuses templates that it cannot have
     return launch
 
 

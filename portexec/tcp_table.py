@@ -30,21 +30,35 @@ _REQUEST = 0x1
 _DUMP = 0x300
 _NETLINK_ERROR = 2
 _NETLINK_DONE = 3
+_ATTRIBUTE = struct.Struct("=HH")
+_SKV6ONLY = 11  # INET_DIAG_SKV6ONLY
 _ANY_STATE = 0xFFFFFFFF
 _NO_COOKIE = b"\xff" * 8
 _FAMILIES = {4: _socket.AF_INET, 16: _socket.AF_INET6}
 
 
 class TcpSocket:
-    """One row: its local address as bytes in network order, its port, state and inode (0 when no process holds it)."""
+    """One row: its local address as bytes in network order, its port, state and inode (0 when no process holds it).
 
-    __slots__ = ("address", "inode", "port", "state")
+    `is_ipv6_only`: it does not serve the other family; /proc does not tell, and there nothing is taken for serving both.
+    """
 
-    def __init__(self, address: bytes, port: int, state: int, inode: int) -> None:
+    __slots__ = ("address", "inode", "is_ipv6_only", "port", "state")
+
+    def __init__(self, address: bytes, port: int, state: int, inode: int, *, is_ipv6_only: bool = True) -> None:
+        self.is_ipv6_only = is_ipv6_only
         self.address = address
         self.port = port
         self.state = state
         self.inode = inode
+
+    @property
+    def host(self) -> str:
+        """The address as text; `*` where it serves both families."""
+        if not any(self.address) and not self.is_ipv6_only:
+            return "*"
+        host = _socket.inet_ntop(_FAMILIES[len(self.address)], self.address)
+        return host.removeprefix("::ffff:") if "." in host else host
 
 
 def sockets_on(port: int) -> list[TcpSocket]:
@@ -58,8 +72,8 @@ def listening_inodes(port: int) -> set[int]:
 
 
 def listening_hosts(port: int) -> list[str]:
-    """The addresses at which somebody listens on this number; `::` may be one for both families."""
-    return [_socket.inet_ntop(_FAMILIES[len(socket.address)], socket.address) for socket in _listening(port)]
+    """The addresses at which somebody listens on this number, `*` for both families."""
+    return [socket.host for socket in _listening(port)]
 
 
 def accepted_inode(server: tuple[str, int], client: tuple[str, int]) -> int | None:
@@ -131,10 +145,22 @@ def _ask(family: int, flags: int, states: int, identity: bytes) -> Iterator[TcpS
 
 
 def _from_diag(message: bytes) -> TcpSocket:
-    """From a struct inet_diag_msg: u8 family and state, and from byte 4 on the ports and addresses."""
+    """From a struct inet_diag_msg: u8 family and state, from byte 4 on the ports and addresses; and what follows it."""
     size = 4 if message[0] == _socket.AF_INET else 16
     inode = int.from_bytes(message[_DIAG_INODE : _DIAG_INODE + 4], sys.byteorder)
-    return TcpSocket(message[8 : 8 + size], int.from_bytes(message[4:6], "big"), message[1], inode)
+    is_ipv6_only = size == 4 or _attribute(message[_DIAG_INODE + 4 :], _SKV6ONLY) != b"\0"
+    return TcpSocket(message[8 : 8 + size], int.from_bytes(message[4:6], "big"), message[1], inode, is_ipv6_only=is_ipv6_only)
+
+
+def _attribute(attributes: bytes, wanted: int) -> bytes:
+    """The value of one attribute, struct nlattr: u16 length with this header, u16 kind, value, padding; empty if not there."""
+    at = 0
+    while at + _ATTRIBUTE.size <= len(attributes):
+        length, kind = _ATTRIBUTE.unpack_from(attributes, at)
+        if kind == wanted:
+            return attributes[at + _ATTRIBUTE.size : at + length]
+        at += max(length, _ATTRIBUTE.size) + 3 & ~3
+    return b""
 
 
 def _rows(name: str, port: int) -> Iterator[TcpSocket]:

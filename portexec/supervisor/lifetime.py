@@ -130,7 +130,7 @@ class Lifetime:
             self.tasks.start_soon(self._hurry_up, scope)
             if self._is_graceful:
                 with anyio.move_on_after(self.asked.kill_after):
-                    await self.pool.all_ended()
+                    await (self.tests or self.server.current).ended.wait()
             self.pool.tell_all(words.STOP)
             await self.pool.all_gone()
         if self._hurry.is_set():
@@ -153,7 +153,7 @@ class Lifetime:
     def _handle(self, signal: signals.Received) -> None:
         if signal.number == _signal.SIGCHLD:
             self._reap()
-        elif signal.number in signals.STOP_REQUESTS or self._has_lost_its_terminal(signal):
+        elif self._is_to_stop(signal) and not signals.is_ignored(signal.number):
             self._stop_by(signal)
         elif signal.number == _signal.SIGHUP and self.server.can_replace():
             self.server.replace()
@@ -166,9 +166,10 @@ class Lifetime:
         self._is_graceful = signal.from_terminal and signal.number == _signal.SIGINT
         self._end(Outcome(signal.number))
 
-    def _has_lost_its_terminal(self, signal: signals.Received) -> bool:
-        """Whether this is the hang-up of a terminal, from the kernel or passed on by the shell that was its leader."""
-        return signal.number == _signal.SIGHUP and (signal.from_terminal or (self._had_terminal and not signals.has_terminal()))
+    def _is_to_stop(self, signal: signals.Received) -> bool:
+        """TERM, INT, and the hang-up of a terminal, from the kernel or passed on by the shell that was its leader."""
+        has_hung_up = signal.from_terminal or (self._had_terminal and not signals.has_terminal())
+        return signal.number in signals.STOP_REQUESTS or (signal.number == _signal.SIGHUP and has_hung_up)
 
     def _reap(self) -> None:
         for _, status in signals.reap():

@@ -42,11 +42,6 @@ class Pool:
         for generation in self.live:
             generation.shim.tell(word)
 
-    async def all_ended(self) -> None:
-        """Wait until every command has ended."""
-        for generation in list(self.live):
-            await generation.ended.wait()
-
     async def all_gone(self) -> None:
         """Wait until nothing of any is left."""
         for generation in list(self.live):

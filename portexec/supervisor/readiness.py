@@ -68,6 +68,9 @@ class Readiness:
             await self._all_accept()
         elif form == supervision.HTTP:
             await self._answers(self.listeners[0])
+        for listener in self.listeners:
+            if listener.socket is None:
+                listener.follow(self._hosts(listener))
 
     def what(self) -> str:
         """What is waited for, in words that follow `waiting for the command to`."""
@@ -89,11 +92,14 @@ class Readiness:
             return
         if self.is_admitted:
             await self.generation.listens_on(listener.port)
-            hosts = self.generation.hosts[listener.port]
-        else:
-            while not (hosts := tcp_table.listening_hosts(listener.port)):
-                await self._pause()
+        while not (hosts := self._hosts(listener)):
+            await self._pause()
         listener.follow(hosts)
+
+    def _hosts(self, listener: Listener) -> list[str]:
+        """Where the command listens, as admission saw, or else the kernel tells."""
+        seen = [host for host in self.generation.hosts.get(listener.port, ()) if host]
+        return seen or tcp_table.listening_hosts(listener.port)
 
     async def _all_accept(self) -> None:
         async with anyio.create_task_group() as tasks:

@@ -147,15 +147,22 @@ def _main(control: _socket.socket, job: Job, inbox: signals.Inbox) -> NoReturn:
         inbox.close()
         _close_ours({control.fileno(), *_descriptors(job)})
         if not job.has_stdin:
-            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            os.dup2(null, _STDIN)
-            os.close(null)
+            _replace_stdin()
         _Process(control, job, inbox).run()
         os._exit(0)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(STATUS_FAILURE)
+
+
+def _replace_stdin() -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, _STDIN)
+    if null == _STDIN:
+        os.set_inheritable(_STDIN, True)  # it was closed
+    else:
+        os.close(null)
 
 
 def _descriptors(job: Job) -> set[int]:

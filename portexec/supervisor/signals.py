@@ -119,6 +119,11 @@ def reap() -> Iterator[tuple[int, int]]:
         yield pid, status
 
 
+def is_ignored(number: int) -> bool:
+    """Whether our caller had it ignored, as nohup(1) does with HUP and a shell with INT for what runs in the background."""
+    return bool(_signal.getsignal(number) == _signal.SIG_IGN)
+
+
 def send(pid: int, number: int) -> None:
     """Send a signal to a child of ours that has not been waited for, or to one that may have gone."""
     try:
