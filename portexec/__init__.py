@@ -13,23 +13,32 @@ if TYPE_CHECKING:
         ListenError,
         NotReady,
         PortexecError,
+        UnknownHandOff,
+        UnknownReady,
         UsageError,
     )
     from portexec.guarded import GuardedSocket, listen
-    from portexec.server import AlreadyEntered, AsyncServer, Exited, Listener, NotRunning, Server, Serving, serve
+    from portexec.server import (
+        AlreadyEntered,
+        AsyncServer,
+        CommandNotAList,
+        Exited,
+        Listener,
+        NotRunning,
+        Server,
+        Serving,
+        serve,
+    )
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "portexec.errors": ("CannotExecute", "CommandNotFound", "ListenError", "NotReady", "PortexecError", "UsageError"),
-    "portexec.guarded": ("GuardedSocket", "listen"),
-    "portexec.server": ("AlreadyEntered", "AsyncServer", "Exited", "Listener", "NotRunning", "Server", "Serving", "serve"),
-}
+_HOMES = ("portexec.errors", "portexec.guarded", "portexec.server")  # of the names below, the cheapest first
 
 __all__ = [
     "AlreadyEntered",
     "AsyncServer",
     "CannotExecute",
+    "CommandNotAList",
     "CommandNotFound",
     "Exited",
     "GuardedSocket",
@@ -40,6 +49,8 @@ __all__ = [
     "PortexecError",
     "Server",
     "Serving",
+    "UnknownHandOff",
+    "UnknownReady",
     "UsageError",
     "__version__",
     "listen",
@@ -48,11 +59,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    for home, names in _HOMES.items():
-        if name in names:
-            import importlib
+    if name in __all__:
+        import importlib
 
-            return getattr(importlib.import_module(home), name)
+        for home in map(importlib.import_module, _HOMES):
+            if hasattr(home, name):
+                return getattr(home, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -36,6 +36,14 @@ class UsageError(PortexecError):
     """What was asked for cannot be meant: an option, a listen spec, a template, or an argument of the Python API."""
 
 
+class UnknownHandOff(UsageError):
+    """There is no hand-off of this name."""
+
+
+class UnknownReady(UsageError):
+    """There is no such form of readiness."""
+
+
 class ListenError(PortexecError):
     """A listener, or its number, cannot be had."""
 

@@ -9,7 +9,7 @@ auto    fd when the command names the descriptor, else guard where this machine 
 from __future__ import annotations
 
 from portexec import activation, templates
-from portexec.errors import UsageError
+from portexec.errors import UnknownHandOff, UsageError
 from portexec.sockets import Listener
 from portexec.spec import ListenSpec, variable_of
 
@@ -93,7 +93,7 @@ def choose(
     Raises UsageError when what was requested contradicts itself.
     """
     if requested not in HAND_OFFS:
-        raise UsageError(f"unknown hand-off {requested!r}", f"it is one of {', '.join(HAND_OFFS)}")
+        raise UnknownHandOff(f"unknown hand-off {requested!r}", f"it is one of {', '.join(HAND_OFFS)}")
     sign = _descriptor_sign(texts, range(first_fd, first_fd + len(specs)))
     numberless = next((spec for spec in specs if spec.kind != "tcp"), None)
     hand_off, why = requested, "as asked for"

@@ -43,6 +43,10 @@ class Exited(PortexecError):
         self.returncode = returncode
 
 
+class CommandNotAList(UsageError):
+    """The command was given as one text, and not as a list of its words."""
+
+
 class NotRunning(PortexecError):
     """The server was stopped, so there is nothing to be done with it."""
 
@@ -204,7 +208,8 @@ def serve(
     The block owns the server: leaving it stops the whole tree. The command's standard input is empty, and it runs in a session
     of its own, so Ctrl-C reaches the caller only.
 
-    Entering raises `CommandNotFound`, `CannotExecute`, `ListenError`, `UsageError`; `NotReady` when the time is over and
+    Entering raises `CommandNotFound`, `CannotExecute`, `ListenError`, `UsageError` (`CommandNotAList`, `UnknownHandOff`,
+    `UnknownReady`); `NotReady` when the time is over and
     `Exited` when the command ends first, both with the last `output`; `AlreadyEntered` the second time.
     """
     words = _words(command)
@@ -224,7 +229,7 @@ def serve(
 
 def _words(command: Sequence[str | os.PathLike[str]]) -> list[str]:
     if isinstance(command, (str, bytes)):
-        raise UsageError(f"the command is one text, {command!r}", "write a list of its words: ['npm', 'start']")
+        raise CommandNotAList(f"the command is one text, {command!r}", "write a list of its words: ['npm', 'start']")
     words = [os.fspath(word) if isinstance(word, (str, os.PathLike)) else word for word in command]
     for word in words:
         if not isinstance(word, str):

@@ -6,7 +6,7 @@ import fcntl
 import os
 
 from portexec import handoff, options
-from portexec.errors import UsageError
+from portexec.errors import UnknownReady, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _parse_ready(text: str | None) -> Ready | None:
         return None
     form, colon, argument = text.partition(":")
     if form not in READY_FORMS or (colon and form not in (HTTP, NOTIFY)):
-        raise UsageError(f"--ready {text!r} is no known form", "one of listen, accept, http:PATH, notify, none")
+        raise UnknownReady(f"--ready {text!r} is no known form", "one of listen, accept, http:PATH, notify, none")
     if not (text.isascii() and text.isprintable()) or " " in text:
         raise UsageError(f"--ready {text!r} has a character that no request may have", "encode it, as %20 for a space")
     if form == HTTP:
