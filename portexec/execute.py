@@ -183,8 +183,10 @@ def _exec(file: str, argv: list[str], environment: dict[str, str]) -> NoReturn:
         os.execve("/bin/sh", ["/bin/sh", file, *argv[1:]], environment)
 
 
-def _refused(file: str, error: OSError) -> CannotExecute:
-    if error.errno == errno.ENOENT and os.path.exists(file):
+def _refused(file: str, error: OSError) -> PortexecError:
+    if error.errno == errno.ENOENT and not os.path.exists(file):
+        return CommandNotFound(f"cannot run {file}: {reason(error)}")
+    if error.errno == errno.ENOENT:
         return _missing_interpreter(file)
     return _cannot_execute(file, reason(error), "")
 

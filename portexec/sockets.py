@@ -47,10 +47,11 @@ class Listener:
     """A number, with the address and the name it goes by, and the socket that listens on it.
 
     `kind` is "tcp", "udp" or "unix". `host` is what a client should use, in brackets if it is IPv6; for unix it is empty,
-    `path` is set and `port` is 0. There is no `socket` when the command is to bind the number itself.
+    `path` is set, with its `file` as `unix_sockets` tells it, and `port` is 0. There is no `socket` when the command is to bind
+    the number itself.
     """
 
-    __slots__ = ("host", "kind", "name", "named", "path", "port", "socket")
+    __slots__ = ("file", "host", "kind", "name", "named", "path", "port", "socket")
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Listener:
         host: str = "",
         port: int = 0,
         path: str = "",
+        file: tuple[int, int] | None = None,
         socket: _socket.socket | None = None,
         named: bool = True,
     ) -> None:
@@ -68,6 +70,7 @@ class Listener:
         self.host = host
         self.port = port
         self.path = path
+        self.file = file
         self.socket = socket
         self.named = named
 
@@ -113,6 +116,22 @@ class Bound:
         for guard in self.guards.values():
             guard.close()
 
+    def is_unix_listener_dead(self) -> bool:
+        """Whether a server has shut down a unix listener when it ended; that cannot be undone (unix(7), shutdown(2))."""
+        return any(_has_hung_up(listener.socket) for listener in self.listeners if listener.kind == "unix")
+
+    def make_unix_listeners_anew(self) -> None:
+        """Replace those that were shut down, under their descriptors. Nobody else may have them open. Raises as `bind_all`."""
+        for listener in self.listeners:
+            if listener.kind == "unix" and listener.socket is not None and _has_hung_up(listener.socket):
+                fd = listener.socket.detach()
+                os.close(fd)
+                listener.socket, listener.file = _listen_unix(listener.path, self.backlog)
+                if listener.socket.fileno() != fd:
+                    os.dup2(listener.socket.fileno(), fd, inheritable=False)
+                    listener.socket.close()
+                    listener.socket = _socket.socket(AF_UNIX, SOCK_STREAM, 0, fd)
+
     def listen_again(self) -> None:
         """Let the TCP listeners listen that a server has shut down when it ended, as some do (shutdown(2)). Raises OSError."""
         for listener in self.listeners:
@@ -133,10 +152,11 @@ class Bound:
 
     def remove_paths(self) -> None:
         """Remove the unix sockets that were made from the file system."""
-        for path in [listener.path for listener in self.listeners if listener.path]:
-            from portexec import unix_sockets
+        for listener in self.listeners:
+            if listener.path:
+                from portexec import unix_sockets
 
-            unix_sockets.remove(path)
+                unix_sockets.remove(listener.path, listener.file)
 
 
 def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) -> Bound:
@@ -161,7 +181,8 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) 
 
 def _bind(spec: ListenSpec, guards: dict[int, Guard], backlog: int | None) -> Listener:
     if spec.kind == "unix":
-        return Listener(spec.name, "unix", path=spec.address, socket=_listen_unix(spec, backlog), named=spec.named)
+        socket, file = _listen_unix(spec.address, backlog)
+        return Listener(spec.name, "unix", path=spec.address, file=file, socket=socket, named=spec.named)
     family, address = _resolve(spec)
     if spec.kind == "udp":
         socket = _first_free(spec, lambda number: _bind_udp(family, address(number), spec))
@@ -181,15 +202,22 @@ def _bind(spec: ListenSpec, guards: dict[int, Guard], backlog: int | None) -> Li
     )
 
 
-def _listen_unix(spec: ListenSpec, backlog: int | None) -> _socket.socket:
+def _has_hung_up(socket: _socket.socket | None) -> bool:
+    import select
+
+    poll = select.poll()
+    poll.register(-1 if socket is None else socket.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _listen_unix(path: str, backlog: int | None) -> tuple[_socket.socket, tuple[int, int] | None]:
     from portexec import unix_sockets
 
     socket = _new_socket(AF_UNIX)
     try:
-        unix_sockets.listen(socket, spec.address, backlog or _socket.SOMAXCONN)
+        return socket, unix_sockets.listen(socket, path, backlog or _socket.SOMAXCONN)
     except OSError as error:
-        raise _cannot_listen(spec, error) from error
-    return socket
+        raise _cannot_listen(f"unix:{path}", error) from error
 
 
 def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
@@ -351,17 +379,20 @@ class Guard:
         """Guard the number again beside a listener that has it on all addresses by itself.
 
         One of the `unbound` sockets for each family: after the flip of one for both, the cache would hold an address that
-        equals every other.
+        equals every other. With SO_REUSEADDR meanwhile, for old connections in TIME_WAIT; the listener keeps everybody else
+        out.
         """
         for socket in unbound:
             beside = Guard.__new__(Guard)
             beside.port, beside.sockets = self.port, [listener, *self.sockets]
             try:
+                socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
                 with Flip(beside, socket):
                     socket.bind(("0.0.0.0" if socket.family == AF_INET else "::", self.port))
             except OSError:
                 socket.close()  # somebody got in beside the listener, which admission notices
             else:
+                socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
                 self.sockets.append(socket)
 
 
@@ -560,10 +591,12 @@ def listen_past(guard: Guard, socket: _socket.socket, listen: Callable[[], None]
 
 
 def _listen_again(guard: Guard | None, socket: _socket.socket, backlog: int) -> None:
+    """Not by `listen_past`: others have copies of the guard, which could not step aside."""
     if guard is None:
         socket.listen(backlog)
-    else:
-        listen_past(guard, socket, lambda: socket.listen(backlog))
+        return
+    with Flip(guard, socket):
+        socket.listen(backlog)
 
 
 def _is_on_all_addresses(socket: _socket.socket) -> bool:
@@ -587,7 +620,7 @@ def _new_socket(family: int, kind: int = SOCK_STREAM) -> _socket.socket:
     return _socket.socket(family, kind, 0, fd)
 
 
-def _cannot_listen(spec: ListenSpec, error: OSError) -> ListenError:
+def _cannot_listen(spec: ListenSpec | str, error: OSError) -> ListenError:
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
         return _exhausted(error)
     hints = {

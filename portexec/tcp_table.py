@@ -32,6 +32,11 @@ _NETLINK_ERROR = 2
 _NETLINK_DONE = 3
 _ATTRIBUTE = struct.Struct("=HH")
 _SKV6ONLY = 11  # INET_DIAG_SKV6ONLY
+_SHOW_PEER = 4  # UDIAG_SHOW_PEER
+_UNIX_DIAG_SIZE = 16
+_UNIX_PEER = 2  # UNIX_DIAG_PEER
+_UNIX_SHUTDOWN = 6  # UNIX_DIAG_SHUTDOWN
+_SHUT_BOTH = b"\3"
 _ANY_STATE = 0xFFFFFFFF
 _NO_COOKIE = b"\xff" * 8
 _FAMILIES = {4: _socket.AF_INET, 16: _socket.AF_INET6}
@@ -96,6 +101,28 @@ def accepted_inode(server: tuple[str, int], client: tuple[str, int]) -> int | No
     return 0
 
 
+def accepted_unix_inode(client: int) -> int | None:
+    """The inode of the other end of a unix connection, given that of ours; None until it was accepted, 0 if nobody knows.
+
+    linux/unix_diag.h: struct unix_diag_req and _msg, asked for the peer. Raises OSError where sock_diag(7) has no unix sockets.
+    """
+    request = struct.pack("=BBHIII", _socket.AF_UNIX, 0, 0, _ANY_STATE, client, _SHOW_PEER) + _NO_COOKIE
+    for message in _exchange(request, _REQUEST):
+        attributes = message[_UNIX_DIAG_SIZE:]
+        is_closed = _attribute(attributes, _UNIX_SHUTDOWN) == _SHUT_BOTH
+        return int.from_bytes(_attribute(attributes, _UNIX_PEER), sys.byteorder) or (0 if is_closed else None)
+    return 0
+
+
+def accepted_inode_in_proc(server: tuple[str, int], client: tuple[str, int]) -> int | None:
+    """As `accepted_inode`, from /proc, where it is told for every connection of this number."""
+    for name in ("tcp", "tcp6"):
+        for socket in _rows(name, server[1], peer=client[1]):
+            if socket.state in (_ESTABLISHED, _SYN_RECV):
+                return socket.inode or None
+    return 0
+
+
 def unix_backlog(path: str) -> int:
     """How many connections to a unix socket, named as in /proc/net/unix, have not been accepted: those have inode 0 there."""
     suffix = b" " + os.fsencode(path) + b"\n"
@@ -120,8 +147,13 @@ def _listening(port: int) -> list[TcpSocket]:
 
 
 def _ask(family: int, flags: int, states: int, identity: bytes) -> Iterator[TcpSocket]:
-    """Ask for the sockets of one family: linux/netlink.h, linux/inet_diag.h (struct inet_diag_req_v2 and its answer)."""
+    """Ask for the TCP sockets of one family: linux/inet_diag.h (struct inet_diag_req_v2 and its answer)."""
     request = _DIAG_REQUEST.pack(family, _socket.IPPROTO_TCP, 0, 0, states, identity)
+    return map(_from_diag, _exchange(request, flags))
+
+
+def _exchange(request: bytes, flags: int) -> Iterator[bytes]:
+    """Ask the kernel over netlink(7), linux/netlink.h and linux/sock_diag.h; yield the bodies of the answers."""
     header = _NETLINK_HEADER.pack(_NETLINK_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0)
     socket = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
     try:
@@ -136,7 +168,7 @@ def _ask(family: int, flags: int, states: int, identity: bytes) -> Iterator[TcpS
                 if kind == _NETLINK_ERROR:
                     code = -int.from_bytes(answer[at + 16 : at + 20], sys.byteorder, signed=True)
                     raise OSError(code, os.strerror(code))
-                yield _from_diag(answer[at + _NETLINK_HEADER.size : at + length])
+                yield answer[at + _NETLINK_HEADER.size : at + length]
                 at += length + 3 & ~3
             if not flags & _DUMP:
                 return
@@ -163,14 +195,16 @@ def _attribute(attributes: bytes, wanted: int) -> bytes:
     return b""
 
 
-def _rows(name: str, port: int) -> Iterator[TcpSocket]:
+def _rows(name: str, port: int, peer: int | None = None) -> Iterator[TcpSocket]:
+    """The sockets on a local number; with a `peer` only the connections to that number."""
     wanted = b":%04X" % port
+    remote = b"" if peer is None else b":%04X" % peer
     try:
         with open(f"/proc/net/{name}", "rb") as table:
             next(table, None)
             for line in table:
                 fields = line.split(None, 10)
-                if fields[1].endswith(wanted):
+                if fields[1].endswith(wanted) and fields[2].endswith(remote):
                     address = _address(fields[1].partition(b":")[0])
                     yield TcpSocket(address, port, int(fields[3], 16), int(fields[9]))
     except OSError:

@@ -20,33 +20,49 @@ _MUTEX_TRIES = 400
 _MUTEX_PAUSE = 0.005  # seconds
 
 
-def listen(socket: _socket.socket, path: str, backlog: int) -> None:
-    """Bind and listen on a path, or on an abstract name for `@NAME`. Access is what the umask leaves.
+def listen(socket: _socket.socket, path: str, backlog: int) -> tuple[int, int] | None:
+    """Bind and listen on a path, or on an abstract name for `@NAME`. Access is what the umask leaves. Returns its `file`.
 
     Raises ListenError when something that is alive, or is no socket, is in the way; OSError for the rest.
     """
     if path.startswith("@"):
-        socket.bind("\0" + path[1:])
+        socket.bind(address(path))
         socket.listen(backlog)
-        return
+        return None
     mutex = _take_mutex(path)
     try:
         _bind_path(socket, path)
+        made = file(path)
         try:
             socket.listen(backlog)
         except BaseException:
-            remove(path)
+            remove(path, made)
             raise
+        return made
     finally:
         mutex.close()
 
 
-def remove(path: str) -> None:
-    """Remove a unix socket of ours from its path, if it has one."""
-    if not path.startswith("@"):
+def address(name: str) -> str:
+    """What the kernel takes for a path, or for `@NAME`."""
+    return f"\0{name[1:]}" if name.startswith("@") else name
+
+
+def file(path: str) -> tuple[int, int] | None:
+    """Device and inode of what is at a path now, by which it is known again; None if nothing is."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def remove(path: str, made: tuple[int, int] | None) -> None:
+    """Remove a unix socket of ours from its path, unless something else has taken its place."""
+    if made is not None and file(path) == made:
         try:
             os.unlink(path)
-        except FileNotFoundError:
+        except OSError:
             pass
 
 

@@ -9,6 +9,7 @@ import _socket
 import os
 import struct
 
+from portexec import unix_sockets
 from portexec.errors import PortexecError, reason
 
 TYPE_CHECKING = False
@@ -39,12 +40,13 @@ class NotifySocket:
         self.socket.setblocking(False)
         mask = os.umask(0o177)
         try:
-            self.socket.bind(_address(self.name))
+            self.socket.bind(unix_sockets.address(self.name))
         except OSError as error:
             self.socket.close()
             raise PortexecError(f"cannot make the notify socket {self.name}: {reason(error)}", "choose another name") from error
         finally:
             os.umask(mask)
+        self._file = None if self.name.startswith("@") else unix_sockets.file(self.name)
 
     def receive(self) -> tuple[int, dict[str, str]] | None:
         """The next message: the sender's pid and the fields; None where it was not from our own user or root."""
@@ -62,11 +64,7 @@ class NotifySocket:
     def close(self) -> None:
         """Give the name back."""
         self.socket.close()
-        if not self.name.startswith("@"):
-            try:
-                os.unlink(self.name)
-            except OSError:
-                pass
+        unix_sockets.remove(self.name, self._file)
 
 
 def pass_on(fields: Mapping[str, str], name: str) -> None:
@@ -77,15 +75,11 @@ def pass_on(fields: Mapping[str, str], name: str) -> None:
     socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
     try:
         socket.setblocking(False)
-        socket.sendto(os.fsencode(lines), _address(name))
+        socket.sendto(os.fsencode(lines), unix_sockets.address(name))
     except OSError:
         pass
     finally:
         socket.close()
-
-
-def _address(name: str) -> str:
-    return f"\0{name[1:]}" if name.startswith("@") else name
 
 
 def _fields(data: bytes) -> dict[str, str]:

@@ -51,6 +51,6 @@ class Pool:
         """Stop whoever is still below us, left behind by a shim that was killed, and end the shims, which run nothing."""
         stop = tree.Stop(kill_after, spare={shim.pid for shim in self.shims})
         while stop.step():
-            await anyio.sleep(tree.POLL)
+            await anyio.sleep(stop.pause())
         for shim in list(self.shims):
             self.dismiss(shim)

@@ -12,20 +12,22 @@ none    at once
 from __future__ import annotations
 
 import _socket
+import os
 import sys
 import time
+from functools import partial
 
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
-from portexec import supervision, tcp_table
+from portexec import supervision, tcp_table, unix_sockets
 from portexec.sockets import Listener
 from portexec.supervisor import tree
 from portexec.supervisor.generation import Generation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _RETRY = 0.05  # seconds between two attempts of which the first has shown that it is too early
 _LONGEST_ANSWER = 30.0  # seconds for one GET; then another is tried
@@ -117,33 +119,50 @@ class Readiness:
             if await self._is_taken(stream, listener):
                 return stream
             await stream.aclose()
+            await self._pause()
 
     async def _connected(self, listener: Listener) -> ByteStream:
         while True:
             try:
                 if listener.path:
-                    return await anyio.connect_unix(unix_address(listener.path))
+                    return await anyio.connect_unix(unix_sockets.address(listener.path))
                 return await anyio.connect_tcp(listener.host.strip("[]"), listener.port)
             except OSError:
                 await anyio.sleep(_RETRY)
 
     async def _is_taken(self, stream: ByteStream, listener: Listener) -> bool:
         """Wait until the connection was accepted. False: by another generation, or by nobody who can be told."""
-        if listener.path:
-            while tcp_table.unix_backlog(listener.path):
-                await self._pause()
-            return True
-        server, client = _end(stream, SocketAttribute.remote_address), _end(stream, SocketAttribute.local_address)
-        while True:
-            try:
-                inode = tcp_table.accepted_inode(server, client)
-            except OSError:
-                inode = None
-                if listener.socket is None or _backlog_of(listener.socket) == 0:
-                    return True
-            if inode is not None:
-                return not self.is_shared or tcp_table.has_open(tree.descendants(root=self.generation.shim.pid), inode)
+        find = self._finder(stream, listener)
+        while (inode := find()) is None:
             await self._pause()
+        return not self.is_shared or tcp_table.has_open(tree.descendants(root=self.generation.shim.pid), inode)
+
+    def _finder(self, stream: ByteStream, listener: Listener) -> Callable[[], int | None]:
+        """A function that tells the inode of the connection's other end, 0 if nobody knows, None until it was accepted.
+
+        The first of these that this machine allows; what only counts a backlog does not know who has accepted.
+        """
+        if listener.path:
+            ours = os.fstat(stream.extra(SocketAttribute.raw_socket).fileno()).st_ino
+            ways: list[Callable[[], int | None]] = [
+                lambda: tcp_table.accepted_unix_inode(ours),
+                lambda: None if tcp_table.unix_backlog(listener.path) else 0,
+            ]
+        else:
+            server, client = _end(stream, SocketAttribute.remote_address), _end(stream, SocketAttribute.local_address)
+            ways = [
+                lambda: tcp_table.accepted_inode(server, client),
+                lambda: tcp_table.accepted_inode_in_proc(server, client),
+            ]
+            if listener.socket is not None and not self.is_shared:
+                ways.insert(1, partial(_none_while_waiting, listener.socket))
+        for way in ways:
+            try:
+                way()
+            except OSError:
+                continue
+            return way
+        return lambda: 0
 
     async def _answers(self, listener: Listener) -> None:
         await self._listens(listener)
@@ -180,9 +199,8 @@ def _end(stream: ByteStream, attribute: tuple[str, int] | str) -> tuple[str, int
     return str(address[0]), int(address[1])
 
 
-def unix_address(path: str) -> str:
-    """What the kernel takes for a path, or for `@NAME`."""
-    return f"\0{path[1:]}" if path.startswith("@") else path
+def _none_while_waiting(socket: _socket.socket) -> int | None:
+    return None if _backlog_of(socket) else 0
 
 
 def _backlog_of(socket: _socket.socket) -> int:

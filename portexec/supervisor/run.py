@@ -244,7 +244,7 @@ class Supervisor:
         requests = len(self.stop_requests)
         stop = tree.Stop(0 if self.is_overdue() else self.kill_after)
         while stop.step() or not self.has_ended:
-            self._wait(tree.POLL)
+            self._wait(stop.pause())
             if self.is_hurried or len(self.stop_requests) > requests:
                 stop.hurry()
         self._reap()

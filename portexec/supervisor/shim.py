@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from portexec.sockets import Guard
 
 # What portexec says to the shim.
-GO = b"g"  # execute the command; what follows is kept for the farewell
+GO = b"g"  # execute the command
 AGAIN = b"a"  # prepare to start it once more, when nothing of it is left
 STOP = b"s"  # TERM to the whole tree, KILL later
 KILL = b"k"  # KILL to the whole tree
@@ -57,7 +57,7 @@ class Job:
     """What a shim is to run, and how.
 
     `guards` is empty where nothing is to be admitted. `has_stdin`: the command gets our standard input, else /dev/null.
-    `farewell` is called in the shim when portexec was killed and the tree has been stopped, with what came with the first GO.
+    `farewell` is called in the shim when portexec was killed and the tree has been stopped.
     """
 
     __slots__ = ("farewell", "guards", "has_stdin", "is_killed", "kill_after", "plan", "quiet", "remap", "verbose")
@@ -73,7 +73,7 @@ class Job:
         has_stdin: bool,
         quiet: bool,
         verbose: bool,
-        farewell: Callable[[bytes], None],
+        farewell: Callable[[], None],
     ) -> None:
         self.plan = plan
         self.kill_after = kill_after
@@ -188,19 +188,26 @@ class _Process:
         self.control = control
         self.job = job
         self.inbox = inbox
-        self.keepsake: bytes | None = None  # what came with the first GO
         self.diagnosis = _Report(self)
 
     def run(self) -> None:
         """Start the command as often as portexec says."""
-        while supervised := self._prepare():
-            word = self.control.recv(_MAX_MESSAGE)
-            if word[:1] != GO:
+        word = AGAIN
+        while word == AGAIN and (supervised := self._prepare()):
+            word = self.next_word()
+            if word == GO:
+                word = self._look_after(supervised)
+            else:
                 supervised.cancel()
-                return
-            self.keepsake = word[1:] if self.keepsake is None else self.keepsake
-            if not self._look_after(supervised) or self.control.recv(_MAX_MESSAGE) != AGAIN:
-                return
+        if not word:
+            self.job.farewell()
+
+    def next_word(self) -> bytes:
+        """Wait for what portexec says next; nothing when it has gone."""
+        try:
+            return self.control.recv(_MAX_MESSAGE)
+        except ConnectionResetError:
+            return b""
 
     def say(self, kind: bytes, *fields: object) -> None:
         """Send a message. Nobody has to be there any more."""
@@ -225,8 +232,8 @@ class _Process:
         self.say(PREPARED, "gated" if supervised.was_gated else "")
         return supervised
 
-    def _look_after(self, supervised: Supervised) -> bool:
-        """From the word to go until nothing is left; returns whether portexec is still there."""
+    def _look_after(self, supervised: Supervised) -> bytes:
+        """From the word to go until nothing is left, and what portexec says then."""
         supervised.go()
         attendant = _Attendant(supervised, self)
         try:
@@ -239,10 +246,8 @@ class _Process:
             attendant.wait_for_end()
             attendant.stop_tree()
         supervised.release()
-        if attendant.is_orphaned:
-            self.job.farewell(self.keepsake or b"")
         self.say(GONE)
-        return not attendant.is_orphaned
+        return b"" if attendant.is_orphaned else self.next_word()
 
 
 class _Report(Diagnosis):
@@ -280,10 +285,7 @@ class _Attendant(Supervisor):
             self._hear()
 
     def _hear(self) -> None:
-        try:
-            word = self.process.control.recv(_MAX_MESSAGE)
-        except ConnectionResetError:
-            word = b""
+        word = self.process.next_word()
         if not word:
             self.poll.unregister(self.process.control)
             self.is_orphaned = True

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from portexec.supervisor.lifetime import Outcome
 
 _STDERR = 2
-_EXPORT_IS_NEW = b"export is new"
 
 
 class Stay:
@@ -33,6 +32,8 @@ class Stay:
         )
         self.notify = self._make_notify_socket()
         self.inbox = Inbox()
+        export = launch.request.chosen.export
+        self._export_was_there = export is not None and os.path.lexists(export)
         for fd in (asked.ready_fd, asked.control_fd):
             if fd is not None and fd > _STDERR:
                 os.set_inheritable(fd, False)  # it is for us, not for the command
@@ -57,7 +58,7 @@ class Stay:
         """Run to the end, and withdraw what was published."""
         self.reporter.tell_bound()
         if not self.asked.is_lazy:
-            self.shim.tell(GO + _EXPORT_IS_NEW * bool(published.lines))
+            self.shim.tell(GO)
         try:
             return self._live()
         finally:
@@ -94,10 +95,10 @@ class Stay:
             farewell=self._say_farewell if is_server else _do_nothing,
         )
 
-    def _say_farewell(self, keepsake: bytes) -> None:
+    def _say_farewell(self) -> None:
         """Withdraw everything in the place of a portexec that was killed."""
         chosen, launch = self.launch.request.chosen, self.launch
-        lines = publish.lines_of(launch.variables) if keepsake == _EXPORT_IS_NEW else b""
+        lines = b"" if self._export_was_there else publish.lines_of(launch.variables)
         publish.Published(chosen.port_file, launch.bound.listeners[0].port, chosen.export, lines).withdraw()
         self._clean_up()
 
@@ -107,5 +108,5 @@ class Stay:
             self.notify.close()
 
 
-def _do_nothing(keepsake: bytes) -> None:
+def _do_nothing() -> None:
     """The tests' farewell."""

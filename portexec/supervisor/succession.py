@@ -118,6 +118,7 @@ class Succession:
         async with self._changing:
             if generation.shim is not self.current.shim:
                 self.pool.dismiss(generation.shim)
+                self._listen_again()  # some shut the listener down at their end
             elif generation is self.current and not self.is_over:
                 await self._follow_up(generation)
 
@@ -207,7 +208,8 @@ class Succession:
         self.reporter.note(f"the command ended ({describe(generation.wait_status)}); restart in {self._delay:g} s")
         await anyio.sleep(self._delay)
         self._delay = min(2 * self._delay, _LONGEST_DELAY)
-        self._start_again(generation.shim)
+        if not self.is_over:
+            self._start_again(generation.shim)
 
     async def _restart_as_asked(self) -> None:
         async with self._changing:
@@ -217,22 +219,39 @@ class Succession:
             if not self.is_over:
                 self._start_again(old.shim)
 
-    def _start_again(self, shim: Shim) -> None:
+    def _listen_again(self) -> bool:
         try:
             self.launch.bound.listen_again()
         except OSError as error:
             self.on_end(self.current, PortexecError(f"cannot listen again: {reason(error)}"))
+            return False
+        return True
+
+    def _start_again(self, shim: Shim) -> None:
+        if not self._listen_again():
             return
-        shim.tell(words.AGAIN)
-        self.current = Generation(shim, is_lazy=self.asked.is_lazy)
+        try:
+            self.current = Generation(self._shim_for_restart(shim), is_lazy=self.asked.is_lazy)
+        except (OSError, PortexecError) as error:
+            self.on_end(self.current, error if isinstance(error, PortexecError) else PortexecError(reason(error)))
+            return
         self._begin(self.current)
+
+    def _shim_for_restart(self, shim: Shim) -> Shim:
+        """The same one, unless it has descriptors that are of no use any more."""
+        if not self.launch.bound.is_unix_listener_dead():
+            shim.tell(words.AGAIN)
+            return shim
+        self.pool.dismiss(shim)
+        self.launch.bound.make_unix_listeners_anew()
+        return self.pool.new_shim(self.launch.plan)
 
     async def _replace(self) -> None:
         """Start a new generation beside the old one; when it is ready the old one is told to end, and may drain."""
         async with self._changing:
             self._is_replacement_due = False
             old = self.current
-            if self.is_over or old.ended.is_set():
+            if self.is_over or old.ended.is_set() or not old.started.is_set():
                 return
             try:
                 new = Generation(self.pool.new_shim(self.launch.plan))

@@ -12,7 +12,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Set
 
-POLL = 0.05  # seconds between two looks at a tree that is being stopped; its deaths wake us earlier
+_SHORTEST_PAUSE = 0.005  # seconds between two looks at a tree that is being stopped; the deaths of children wake us earlier
+_LONGEST_PAUSE = 0.2
+_LONGER = 1.5
 
 
 class Stop:
@@ -26,19 +28,25 @@ class Stop:
         self._deadline = time.monotonic() + kill_after
         self._spare = spare
         self._told: set[int] = set()
+        self._pause = _SHORTEST_PAUSE
 
     def hurry(self) -> None:
         """KILL from now on."""
         self._deadline = 0.0
 
     def step(self) -> bool:
-        """Send what is due. Returns whether anything is left; then to be called again, `POLL` later at the latest."""
+        """Send what is due. Returns whether anything is left; then to be called again, `pause` later at the latest."""
         tree = descendants(self._spare)
         is_over = time.monotonic() > self._deadline
         for pid in tree if is_over else tree - self._told:
             signals.send(pid, _signal.SIGKILL if is_over else _signal.SIGTERM)
         self._told |= tree
         return bool(tree)
+
+    def pause(self) -> float:
+        """Seconds until the next step; longer each time, so that a long wait costs little."""
+        self._pause = min(_LONGER * self._pause, _LONGEST_PAUSE)
+        return min(self._pause, max(0.0, self._deadline - time.monotonic()) or _SHORTEST_PAUSE)
 
 
 def descendants(spare: Set[int] = frozenset(), root: int = 0) -> set[int]:
