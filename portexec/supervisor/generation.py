@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal
+import time
 
 import anyio
 
@@ -19,11 +20,12 @@ class Generation:
     """A start of a command below a shim, which has been told to prepare it.
 
     `pid` is the command's, or what it said by MAINPID=; 0 until it runs. `failure` is set when it could not be executed.
-    A lazy one is not told to go as soon as it is prepared.
+    A lazy one is not told to go as soon as it is prepared. `began` is the time of the start, time.monotonic().
     """
 
-    def __init__(self, shim: Shim, *, is_lazy: bool = False) -> None:
+    def __init__(self, shim: Shim, *, is_lazy: bool = False, began: float | None = None) -> None:
         self.shim = shim
+        self.began = time.monotonic() if began is None else began
         self.is_lazy = is_lazy
         self.pid = 0
         self.wait_status = 0

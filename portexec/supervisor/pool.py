@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class Pool:
-    """The owner of the shims, of which the first is there already."""
+    """The owner of the shims, of which the first is there already and began at this time, time.monotonic()."""
 
-    def __init__(self, first: Shim, job_for: Callable[[Plan], Job], inbox: Inbox) -> None:
+    def __init__(self, first: Shim, began: float, job_for: Callable[[Plan], Job], inbox: Inbox) -> None:
         self.shims = [first]
+        self.began = began
         self.live: list[Generation] = []
         self._job_for = job_for
         self._inbox = inbox

@@ -116,10 +116,15 @@ class Readiness:
         await self._listens(listener)
         while True:
             stream = await self._connected(listener)
-            if await self._is_taken(stream, listener):
+            is_taken = False
+            try:
+                is_taken = await self._is_taken(stream, listener)
+            finally:
+                if not is_taken:  # nor when we are cancelled: a server with one worker would wait for us
+                    await anyio.aclose_forcefully(stream)
+            if is_taken:
                 return stream
-            await stream.aclose()
-            await self._pause()
+            await anyio.sleep(_RETRY)
 
     async def _connected(self, listener: Listener) -> ByteStream:
         while True:

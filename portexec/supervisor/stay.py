@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from portexec import publish, supervision
 from portexec.handoff import GUARD
@@ -50,6 +51,7 @@ class Stay:
             shim.leave()
             raise
         self.shim = shim
+        self.began = time.monotonic()
         if self.launch.choice.hand_off == GUARD:
             self.launch.bound.release_guards()  # the shim has them, and sometimes has to step aside with them
         return shim
@@ -69,7 +71,7 @@ class Stay:
         """anyio and what needs it is imported while the command starts."""
         from portexec.supervisor import lifetime, pool
 
-        shims = pool.Pool(self.shim, self._job_for, self.inbox)
+        shims = pool.Pool(self.shim, self.began, self._job_for, self.inbox)
         return lifetime.run(lifetime.Lifetime(self.launch, self.asked, shims, self.inbox, self.notify, self.reporter))
 
     def _make_notify_socket(self) -> NotifySocket | None:

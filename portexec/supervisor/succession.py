@@ -66,9 +66,8 @@ class Succession:
         self.on_end = on_end
         self.is_over = False  # no other generation is to follow
         self.was_ready = False
-        self.current = Generation(pool.shims[0], is_lazy=asked.is_lazy)
+        self.current = Generation(pool.shims[0], is_lazy=asked.is_lazy, began=pool.began)
         self._ready = asked.ready_for(launch.choice.hand_off)
-        self._began = time.monotonic()
         self._changing = anyio.Lock()  # held while one generation follows another
         self._is_replacement_due = False
         self._ends_without_ready = 0
@@ -132,6 +131,7 @@ class Succession:
             for listener in self.launch.bound.listeners:
                 if listener.socket is not None:
                     tasks.start_soon(self._wait_for_client, listener.socket.fileno(), tasks.cancel_scope)
+        generation.began = time.monotonic()
         generation.shim.tell(words.GO)
 
     async def _wait_for_client(self, fd: int, waiting: anyio.CancelScope) -> None:
@@ -181,7 +181,7 @@ class Succession:
         generation.ready.set()
         self._ends_without_ready = 0
         self.reporter.tell_ready(generation.pid)
-        self.reporter.detail(f"ready after {generation.ready_since - self._began:.2f}s")
+        self.reporter.detail(f"ready after {generation.ready_since - generation.began:.2f}s")
         if not self.was_ready:
             self.was_ready = True
             self.reporter.announce_ready(generation.pid)
@@ -263,7 +263,7 @@ class Succession:
                 self.current = new
                 self.reporter.detail("the new generation is ready, the old one is told to end")
                 signals.send(old.shim.pid, _signal.SIGTERM)
-            else:
+            elif not self.is_over:
                 how = new.failure.message if new.failure else describe(new.wait_status)
                 self.reporter.error(f"the new generation was not ready, the old one goes on: {how}")
 
