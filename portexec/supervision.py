@@ -71,7 +71,8 @@ class Supervision:
         is_waited_for = (
             chosen.ready or chosen.ready_fd or chosen.control_fd or chosen.ready_timeout or (chosen.then and not chosen.lazy)
         )
-        return options.duration(chosen.ready_timeout or _DEFAULT_TIMEOUT, "--ready-timeout") if is_waited_for else None
+        text = _DEFAULT_TIMEOUT if chosen.ready_timeout is None else chosen.ready_timeout
+        return options.duration(text, "--ready-timeout") if is_waited_for else None
 
     def require_possible(self, choice: handoff.Choice, specs: Sequence[ListenSpec]) -> None:
         """Raise UsageError where this hand-off, or these listeners, cannot do what was asked."""

@@ -9,7 +9,10 @@ What the word after the three backticks means is in RUNNERS; a block without one
     bash serves     one server: it must answer on every address it announces
     bash checkout   a script that is run in the checkout, with this environment in place of a new one
     yaml            steps of GitHub Actions, run as they are there
+    yaml gitlab     the script of a job, run as GitLab's shell executor does: one bash, line after line
     procfile        run by honcho, as a Procfile
+    python          a program
+    python test     a test file, run by pytest
 """
 
 from __future__ import annotations
@@ -269,6 +272,35 @@ def run_procfile(block: Block, place: Path) -> None:
     assert {name for name in urls if f"{name}.1 stopped" in rest} == set(urls)
 
 
+def run_job(block: Block, place: Path) -> None:
+    """Run the lines of a job in one strict bash; what it left in the background is stopped at its end."""
+    lines = re.findall(r"^ +- (.*)$", block.text, re.MULTILINE)
+    assert len(lines) > 2
+    run_script(Block(block.line, block.kind, "\n".join(lines)), place)
+
+
+def run_program(block: Block, place: Path) -> None:
+    """Run it with this Python."""
+    (place / "program.py").write_text(block.text)
+    done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=2 * DEADLINE, env=with_root())
+    assert done.returncode == 0, done.stderr
+    assert "hello from" in done.stdout
+
+
+def run_tests(block: Block, place: Path) -> None:
+    """Run it with the plugin, which an installed portexec brings along."""
+    (place / "test_readme_block.py").write_text(block.text)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_readme_block.py"]
+    words += [] if is_installed_package() else ["-p", "portexec.pytest_plugin"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=2 * DEADLINE, env=with_root())
+    assert done.returncode == 0, done.stdout
+    assert f"{block.text.count('def test_')} passed" in done.stdout
+
+
+def with_root() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
 RUNNERS: dict[str, Callable[[Block, Path], None]] = {
     "console": run_transcript,
     "console varies": run_transcript,
@@ -276,6 +308,9 @@ RUNNERS: dict[str, Callable[[Block, Path], None]] = {
     "bash serves": run_server,
     "bash checkout": run_in_checkout,
     "yaml": run_steps,
+    "yaml gitlab": run_job,
+    "python": run_program,
+    "python test": run_tests,
     "procfile": run_procfile,
 }
 
