@@ -71,9 +71,13 @@ def _stay(launch: Launch, asked: Supervision, chosen: options.Options) -> int:
     from portexec.supervisor.stay import Stay
 
     stay = Stay(launch, asked, quiet=chosen.quiet, verbose=chosen.verbose)
-    if _start(launch, stay.start) is None:
-        _start(launch, stay.start)  # as `hold`
-    outcome = stay.run(_publish(launch, chosen))
+    try:
+        if _start(launch, stay.start) is None:
+            _start(launch, stay.start)  # as `hold`
+        outcome = stay.run(_publish(launch, chosen))
+    except BaseException:
+        stay.clean_up()
+        raise
     if outcome.error is not None:
         _report(outcome.error, chosen)
     return end_as(outcome.wait_status)

@@ -68,9 +68,9 @@ class Supervision:
         self.is_killed = chosen.kill_after is not None
 
     def _parse_timeout(self, chosen: options.Options) -> float | None:
-        is_waited_for = (
-            chosen.ready or chosen.ready_fd or chosen.control_fd or chosen.ready_timeout or (chosen.then and not chosen.lazy)
-        )
+        is_waited_for = any(
+            value is not None for value in (chosen.ready, chosen.ready_fd, chosen.control_fd, chosen.ready_timeout)
+        ) or (chosen.then and not chosen.lazy)
         text = _DEFAULT_TIMEOUT if chosen.ready_timeout is None else chosen.ready_timeout
         return options.duration(text, "--ready-timeout") if is_waited_for else None
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _MAX_MESSAGE = 1 << 16
 _STDERR = 2
+_LONGEST_POLL = 3600.0  # seconds
 
 
 class Supervised:
@@ -334,8 +335,8 @@ def _keep_only(keep: set[int]) -> None:
 
 
 def _milliseconds(seconds: float | None) -> float | None:
-    """What poll(2) takes for a time, None for ever."""
-    return None if seconds is None else 1000 * seconds
+    """What poll(2) takes for a time, None for ever. An hour is enough at once: it takes no more than an int."""
+    return None if seconds is None else 1000 * min(seconds, _LONGEST_POLL)
 
 
 def end_as(wait_status: int) -> int:

@@ -65,7 +65,7 @@ class Stay:
             return self._live()
         finally:
             published.withdraw()
-            self._clean_up()
+            self.clean_up()
 
     def _live(self) -> Outcome:
         """anyio and what needs it is imported while the command starts."""
@@ -102,9 +102,10 @@ class Stay:
         chosen, launch = self.launch.request.chosen, self.launch
         lines = b"" if self._export_was_there else publish.lines_of(launch.variables)
         publish.Published(chosen.port_file, launch.bound.listeners[0].port, chosen.export, lines).withdraw()
-        self._clean_up()
+        self.clean_up()
 
-    def _clean_up(self) -> None:
+    def clean_up(self) -> None:
+        """Remove the sockets that we have made from the file system."""
         self.launch.bound.remove_paths()
         if self.notify is not None:
             self.notify.close()

@@ -17,7 +17,8 @@ comes of a line is behind its word. KEY names a socket: the variable with its nu
     exit STATUS
 
 It prints `turn` for each SIGUSR1, whatever it is at: a thread waits for it, since a handler written in Python can come too late
-for a system call that begins to block just then. Each line is one write. With $ORDERS, a directory, it makes a FIFO there, named 1 for the first start, 2 for the second, and reads that instead of standard input.
+for a system call that begins to block just then. Each line is one write. With $ORDERS, a directory, it makes a FIFO there,
+named 1 for the first start, 2 for the second, and reads that instead of standard input.
 """
 
 from __future__ import annotations
