@@ -91,7 +91,7 @@ def _become_or_wait(launch: Launch, chosen: options.Options, kill_after: float) 
         try:
             if supervised is None:
                 execute.execute(launch.plan)
-            wait_status, is_over = _wait_for(supervised, chosen, launch, kill_after)
+            wait_status = _wait_for(supervised, chosen, launch, kill_after)
         except PortexecError:
             published.withdraw()
             raise
@@ -99,8 +99,6 @@ def _become_or_wait(launch: Launch, chosen: options.Options, kill_after: float) 
         if supervised is not None:
             supervised.cancel()
         raise
-    if is_over:
-        published.withdraw()
     from portexec.supervisor.run import end_as
 
     return end_as(wait_status)
@@ -142,8 +140,8 @@ def _rehearse(launch: Launch) -> Admitted:
     return start(launch.plan, launch.bound.guards, launch.remap)
 
 
-def _wait_for(supervised: Admitted, chosen: options.Options, launch: Launch, kill_after: float) -> tuple[int, bool]:
-    """Wait for a command that binds the number itself; returns its wait status, and whether nothing of it goes on."""
+def _wait_for(supervised: Admitted, chosen: options.Options, launch: Launch, kill_after: float) -> int:
+    """Wait for a command that binds the number itself; returns its wait status."""
     from portexec.supervisor import run
 
     supervised.go()
@@ -151,7 +149,7 @@ def _wait_for(supervised: Admitted, chosen: options.Options, launch: Launch, kil
 
     diagnosis = Diagnosis(launch.bound.guards, quiet=chosen.quiet, verbose=chosen.verbose)
     supervisor = run.Supervisor(supervised, diagnosis, kill_after, is_killed=chosen.kill_after is not None)
-    return supervisor.run(), not supervisor.has_left_an_answerer
+    return supervisor.run()
 
 
 def _show_plan(launch: Launch, *, as_json: bool) -> int:

@@ -121,8 +121,8 @@ ALLOWED = {
     "supervisor.pool": {"handoff", "supervisor.generation", "supervisor.shim", "supervisor.signals", "supervisor.tree"},
     "supervisor.progress": {"publish"},
     "supervisor.reporter": {"control", "launch", "publish"},
-    "supervisor.notify": {"errors"},
-    "supervisor.readiness": {"sockets", "supervision", "supervisor.generation", "supervisor.tree", "tcp_table"},
+    "supervisor.notify": {"errors", "unix_sockets"},
+    "supervisor.readiness": {"sockets", "supervision", "supervisor.generation", "supervisor.tree", "tcp_table", "unix_sockets"},
     "supervisor.succession": {
         "errors",
         "handoff",

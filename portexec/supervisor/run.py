@@ -209,7 +209,6 @@ class Supervisor:
         self.is_told_to_stop = False  # with its whole tree, by somebody who does not wait for the command to end
         self.is_hurried = False  # and at once
         self.was_interrupted = False  # by Ctrl-C, which the command may have a use for
-        self.has_left_an_answerer = False
         self.has_ended = False
         self.wait_status = 0  # of waitpid(2), once it has ended
         self.poll = select.poll()
@@ -300,10 +299,9 @@ class Supervisor:
         if not isinstance(supervised, Admitted) or not supervised.has_filtered_tasks():
             return
         try:
-            self.has_left_an_answerer = os.fork() > 0
+            if os.fork():
+                return
         except OSError:
-            return
-        if self.has_left_an_answerer:
             return
         try:
             os.setsid()
