@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
+from tests.obedience import BY_NUMBER, HAND_OFFS, NO_SOCK_DIAG, TURNS, Server, connect, obeying, port_of, refusing
 from tests.support import DEADLINE, child, descriptors_of, run, running, status_of, wait_for
 from tests.test_guard_faults import THEFTS, steal
-from tests.test_readiness import BY_NUMBER, HAND_OFFS, NO_SOCK_DIAG, TURNS, Server, connect, obeying, port_of, refusing
 from tests.test_supervisor import is_gone
 
 RESTARTED = r"^portexec: note: the command ended \((.*)\); restart in (\S+) s$"
