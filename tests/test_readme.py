@@ -9,7 +9,7 @@ What the word after the three backticks means is in RUNNERS; a block without one
     bash serves     one server: it must answer on every address it announces
     bash checkout   a script that is run in the checkout, with this environment in place of a new one
     yaml            steps of GitHub Actions, run as they are there
-    yaml gitlab     the script of a job, run as GitLab's shell executor does: one bash, line after line
+    yaml gitlab     jobs of GitLab CI, run as its shell executor does: one bash for before_script and script, another afterwards
     procfile        run by honcho, as a Procfile
     python          a program
     python test     a test file, run by pytest
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,12 +231,14 @@ def run_steps(block: Block, place: Path) -> None:
         for number, step in enumerate(steps):
             (place / "step.sh").write_text(step)
             os.environ |= dict(line.split("=", 1) for line in exported.read_text().splitlines())
-            with (place / f"log{number}").open("w") as log:
+            with (place / f"log{number}").open("w") as file:
                 process = subprocess.Popen(
-                    [*STRICT, "step.sh"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    [*STRICT, "step.sh"], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
                 )
             sessions.append(process.pid)
-            assert process.wait(DEADLINE) == 0, (step, (place / f"log{number}").read_text())
+            status, log = process.wait(DEADLINE), (place / f"log{number}").read_text()
+            assert status == 0, (step, log)
+            assert "curl" not in step or "hello from" in log, (step, log)
     finally:
         for session in sessions:
             kill_group(session)
@@ -269,22 +271,51 @@ def run_procfile(block: Block, place: Path) -> None:
         rest, errors = process.communicate(timeout=DEADLINE)
         timer.cancel()
     assert not errors
+    assert not (place / "web.port").exists()
     assert {name for name in urls if f"{name}.1 stopped" in rest} == set(urls)
 
 
-def run_job(block: Block, place: Path) -> None:
-    """Run the lines of a job in one strict bash; what it left in the background is stopped at its end."""
-    lines = re.findall(r"^ +- (.*)$", block.text, re.MULTILINE)
-    assert len(lines) > 2
-    run_script(Block(block.line, block.kind, "\n".join(lines)), place)
+def jobs_of(text: str) -> Iterator[dict[str, list[str]]]:
+    """The lines of each list of scripts, job by job: the part of YAML that the README needs."""
+    for job in re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]:
+        lists = re.finditer(r"^  (\w*script):\n((?:    - .*\n)+)", job, re.MULTILINE)
+        yield {found[1]: [line.removeprefix("    - ") for line in found[2].splitlines()] for found in lists}
+
+
+def run_jobs(block: Block, place: Path) -> None:
+    """Run job after job as GitLab's shell executor does, and see to it that the report can be read."""
+    jobs = list(jobs_of(block.text))
+    assert sum(len(lines) for job in jobs for lines in job.values()) == len(re.findall(r"^ +- ", block.text, re.MULTILINE))
+    with ExitStack() as stack:  # what was left in the background lives on until the job is over
+        for job in jobs:
+            assert "hello from" in run_as_gitlab(stack, [*job.get("before_script", []), *job["script"]])
+            run_as_gitlab(stack, job.get("after_script", []))
+    for name in re.findall(r"dotenv: (\S+)", block.text):
+        assert re.fullmatch(r"PORT=\d+\n", (place / name).read_text())
+
+
+def run_as_gitlab(stack: ExitStack, lines: Sequence[str]) -> str:
+    """Run a job's lines, and return its log, which is over when nobody has it open any more.
+
+    As with GitLab Runner, the script comes by standard input, which `eval` in a pipeline keeps from the lines. But its shell is
+    a login shell, which would forget our PATH.
+    """
+    script = "\n".join(f"echo {shlex.quote('$ ' + line)}\n{line}" for line in lines)
+    whole = f"set -o pipefail; set -o errexit\nset +o noclobber\n: | eval {shlex.quote(script)}\nexit 0\n"
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = stack.enter_context(shell(["bash"], **streams))
+    log, _ = process.communicate(whole, timeout=DEADLINE)
+    assert process.returncode == 0, log
+    return log
 
 
 def run_program(block: Block, place: Path) -> None:
     """Run it with this Python."""
     (place / "program.py").write_text(block.text)
     done = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, timeout=2 * DEADLINE, env=with_root())
-    assert done.returncode == 0, done.stderr
-    assert "hello from" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "http://127.0.0.1:" in done.stdout
+    assert "urlopen" not in block.text or "hello from" in done.stdout
 
 
 def run_tests(block: Block, place: Path) -> None:
@@ -298,6 +329,7 @@ def run_tests(block: Block, place: Path) -> None:
 
 
 def with_root() -> dict[str, str]:
+    """The environment of a program that is to find portexec, installed or not."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -308,7 +340,7 @@ RUNNERS: dict[str, Callable[[Block, Path], None]] = {
     "bash serves": run_server,
     "bash checkout": run_in_checkout,
     "yaml": run_steps,
-    "yaml gitlab": run_job,
+    "yaml gitlab": run_jobs,
     "python": run_program,
     "python test": run_tests,
     "procfile": run_procfile,
@@ -341,6 +373,17 @@ def is_installed_package() -> bool:
 def test_every_fence_is_a_block() -> None:
     assert len(BLOCKS) > 20
     assert README.count("```") == 2 * len(BLOCKS)
+
+
+def test_every_table_is_one() -> None:
+    """A row that stands apart from its table is no row: head, rule, and rows of as many cells."""
+    tables = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    assert len(tables) > 5
+    for table in tables:
+        head, rule, *rows = table.splitlines()
+        assert re.fullmatch(r"\|(-+\|)+", rule), table
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in (head, rule, *rows)]
+        assert len(set(cells)) == 1, table
 
 
 def spans() -> list[str]:
