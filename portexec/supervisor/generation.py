@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 class Generation:
     """A start of a command below a shim, which has been told to prepare it.
 
-    `pid` is the command's, or what it said by MAINPID=; 0 until it runs. `failure` is set when it could not be executed.
-    A lazy one is not told to go as soon as it is prepared. `began` is the time of the start, time.monotonic().
+    `failure` is set when it could not be executed. A lazy one is not told to go as soon as it is prepared. `began` is the time
+    of the start, time.monotonic().
     """
 
     def __init__(self, shim: Shim, *, is_lazy: bool = False, began: float | None = None) -> None:
         self.shim = shim
         self.began = time.monotonic() if began is None else began
         self.is_lazy = is_lazy
-        self.pid = 0
         self.wait_status = 0
         self.failure: PortexecError | None = None
         self.status_text = ""  # what it said by STATUS=
@@ -39,10 +38,13 @@ class Generation:
         self.said_ready = anyio.Event()  # by READY=1
         self.hosts: dict[int, list[str]] = {}  # where it listens, as far as admission saw
         self._heard = anyio.Event()
+        self._pid = 0
+        self._main_pid = 0  # what it said by MAINPID=, which may come before we hear that it runs
 
-    def is_shim_gone(self) -> bool:
-        """Whether the shim itself was killed."""
-        return self.shim.control.fileno() < 0
+    @property
+    def pid(self) -> int:
+        """The pid of the process that counts: what the command said by MAINPID=, or its own; 0 until it runs."""
+        return self._main_pid or self._pid
 
     async def listen(self) -> None:
         """Follow what the shim says, to the end of this start."""
@@ -50,16 +52,15 @@ class Generation:
             await anyio.wait_readable(self.shim.control)
             self._take(*self.shim.receive())
 
-    async def listens_on(self, port: int) -> None:
-        """Wait until the command listens on this number. Only admission sees that."""
-        while port not in self.hosts:
-            await self._heard.wait()
+    async def hears_more(self) -> None:
+        """Wait until the command listens somewhere else, too, as far as admission sees."""
+        await self._heard.wait()
 
     def take_notification(self, fields: Mapping[str, str]) -> None:
         """Take what the command said to its service manager, sd_notify(3)."""
         self.status_text = fields.get("STATUS", self.status_text)
         if fields.get("MAINPID", "").isdecimal():
-            self.pid = int(fields["MAINPID"])
+            self._main_pid = int(fields["MAINPID"])
         if fields.get("READY") == "1":
             self.said_ready.set()
 
@@ -68,7 +69,7 @@ class Generation:
             if not self.is_lazy:
                 self.shim.tell(words.GO)
         elif kind == words.STARTED:
-            self.pid = int(fields[0])
+            self._pid = int(fields[0])
             self.started.set()
         elif kind == words.LISTENING:
             self.hosts.setdefault(int(fields[0]), []).append(fields[1])
@@ -91,6 +92,5 @@ class Generation:
             self.failure = PortexecError(f"cannot start the command: {fields[0]}")
         elif not self.ended.is_set():
             self.wait_status = _signal.SIGKILL
-        self.shim.control.close()
         self.ended.set()
         self.gone.set()

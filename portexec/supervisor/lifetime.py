@@ -131,12 +131,15 @@ class Lifetime:
             if self._is_graceful:
                 with anyio.move_on_after(self.asked.kill_after):
                     await (self.tests or self.server.current).ended.wait()
-            self.pool.tell_all(words.STOP)
-            await self.pool.all_gone()
+            await self._stop_each(words.STOP, self.asked.kill_after)
         if self._hurry.is_set():
-            self.pool.tell_all(words.KILL)
-            await self.pool.all_gone()
-        await self.pool.clear_away(0 if self._hurry.is_set() else self.asked.kill_after)
+            await self._stop_each(words.KILL, 0)
+        self.pool.dismiss_all()
+
+    async def _stop_each(self, word: bytes, kill_after: float) -> None:
+        self.pool.tell_all(word)
+        await self.pool.all_gone()
+        await self.pool.clear_away(kill_after)
 
     async def _hurry_up(self, waiting: anyio.CancelScope) -> None:
         await self._hurry.wait()
@@ -172,7 +175,8 @@ class Lifetime:
         return signal.number in signals.STOP_REQUESTS or (signal.number == _signal.SIGHUP and has_hung_up)
 
     def _reap(self) -> None:
-        for _, status in signals.reap():
+        for pid, status in signals.reap():
+            self.pool.others.discard(pid)  # another process may get its number
             if os.WIFSTOPPED(status):
                 signals.stop_with(_signal.SIGTSTP)  # a shim stopped because its command was
 

@@ -61,12 +61,8 @@ class NotifySocket:
                     return pid, _fields(data)
         return None
 
-    def close(self) -> None:
-        """Give the name back."""
-        try:
-            self.socket.close()
-        except OSError:
-            pass  # in a shim, which has closed what it does not need
+    def remove_path(self) -> None:
+        """Remove the socket from the file system. It is closed by the end of portexec."""
         unix_sockets.remove(self.name, self._file)
 
 

@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 
 class Pool:
-    """The owner of the shims, of which the first is there already and began at this time, time.monotonic()."""
+    """The owner of the shims, of which the first is there already and began at this time, time.monotonic().
 
-    def __init__(self, first: Shim, began: float, job_for: Callable[[Plan], Job], inbox: Inbox) -> None:
+    `others` are children of this process that are no shims, from the time before it was portexec.
+    """
+
+    def __init__(
+        self, first: Shim, began: float, job_for: Callable[[Plan], Job], inbox: Inbox, others: set[int]
+    ) -> None:
         self.shims = [first]
         self.began = began
+        self.others = others
         self.live: list[Generation] = []
         self._job_for = job_for
         self._inbox = inbox
@@ -49,9 +55,12 @@ class Pool:
             await generation.gone.wait()
 
     async def clear_away(self, kill_after: float) -> None:
-        """Stop whoever is still below us, left behind by a shim that was killed, and end the shims, which run nothing."""
-        stop = tree.Stop(kill_after, spare={shim.pid for shim in self.shims})
+        """Stop whoever is below us and below no shim: one that was killed has left it behind."""
+        stop = tree.Stop(kill_after, spare=self.others | {shim.pid for shim in self.shims})
         while stop.step():
             await anyio.sleep(stop.pause())
+
+    def dismiss_all(self) -> None:
+        """End the shims, which run nothing."""
         for shim in list(self.shims):
             self.dismiss(shim)

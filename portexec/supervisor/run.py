@@ -40,6 +40,7 @@ class Supervised:
     def __init__(self, child: Child, inbox: signals.Inbox) -> None:
         self.pid = child.pid
         self.inbox = inbox
+        self.others = child.others
         self._child = child
 
     def go(self) -> None:
@@ -57,9 +58,14 @@ class Supervised:
             status, text, hint = os.fsdecode(message[1:]).split(messages.SEPARATOR)
             raise of_status(int(status), text, hint)
 
-    def cancel(self) -> None:
-        """End the child, unless it has ended, and make this process again what it was."""
+    def end(self) -> None:
+        """End the child, unless it has ended, and give back what only it needed."""
         self._child.end()
+        self.release()
+
+    def cancel(self) -> None:
+        """The same, and make this process again what it was."""
+        self.end()
         take_back(self.inbox)
 
     def release(self) -> None:
@@ -99,10 +105,6 @@ class Admitted(Supervised):
     @property
     def was_gated(self) -> bool:  # type: ignore[override]
         return self.admission.was_gated
-
-    def cancel(self) -> None:
-        os.close(self.admission.notify_fd)
-        super().cancel()
 
     def release(self) -> None:
         os.close(self.admission.notify_fd)
@@ -242,7 +244,7 @@ class Supervisor:
     def stop_tree(self) -> None:
         """TERM to all that is left running, KILL to what is left after the given time or a second request."""
         requests = len(self.stop_requests)
-        stop = tree.Stop(0 if self.is_overdue() else self.kill_after)
+        stop = tree.Stop(0 if self.is_overdue() else self.kill_after, spare=self.supervised.others)
         while stop.step() or not self.has_ended:
             self._wait(stop.pause())
             if self.is_hurried or len(self.stop_requests) > requests:
@@ -285,6 +287,7 @@ class Supervisor:
     def _reap(self) -> None:
         """Take the status of every child that ended or stopped: the command, and orphans that became ours."""
         for pid, status in signals.reap():
+            self.supervised.others.discard(pid)  # another process may get its number
             if pid == self.supervised.pid and os.WIFSTOPPED(status):
                 signals.stop_with(os.WSTOPSIG(status))
             elif pid == self.supervised.pid:

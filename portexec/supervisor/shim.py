@@ -87,11 +87,12 @@ class Job:
 
 
 class Shim:
-    """Our end: the shim's pid and the socket to it, and whether anything had to be gated in its rehearsal."""
+    """Our end: the shim's pid and the socket to it. `was_gated`: something had to be, in its rehearsal."""
 
     def __init__(self, job: Job, inbox: signals.Inbox) -> None:
         """Fork a shim for the job; it prepares to start the command. Raises OSError when resources run out."""
         self.was_gated = False
+        self.is_gone = False
         self.control, shims_end = socket_pair(job.plan.first_fd + len(job.plan.passed))
         try:
             self.pid = os.fork()
@@ -105,17 +106,21 @@ class Shim:
 
     def tell(self, word: bytes) -> None:
         """Say one of the words above. One that has gone hears nothing."""
-        try:
-            self.control.send(word)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
+        if not self.is_gone:
+            try:
+                self.control.send(word)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
 
     def receive(self) -> tuple[bytes, list[str]]:
-        """The next message: its kind, empty when the shim has gone, and its fields."""
+        """The next message: its kind, and its fields. An empty kind is the news that the shim has gone."""
         try:
             message = self.control.recv(_MAX_MESSAGE)
         except ConnectionResetError:
             message = b""
+        if not message:
+            self.is_gone = True
+            self.control.close()
         return message[:1], os.fsdecode(message[1:]).split(SEPARATOR)
 
     def require_prepared(self) -> None:
@@ -132,9 +137,8 @@ class Shim:
 
     def leave(self) -> None:
         """End a shim that runs nothing, and wait for it."""
-        if self.control.fileno() >= 0:
-            self.tell(LEAVE)
-            self.control.close()
+        self.tell(LEAVE)
+        self.control.close()
         try:
             os.waitpid(self.pid, 0)
         except ChildProcessError:
@@ -198,7 +202,7 @@ class _Process:
             if word == GO:
                 word = self._look_after(supervised)
             else:
-                supervised.cancel()
+                supervised.end()
         if not word:
             self.job.farewell()
 

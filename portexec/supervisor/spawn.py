@@ -8,15 +8,19 @@ import os
 
 from portexec import execute
 from portexec.handoff import Plan
-from portexec.supervisor import child, libc, seccomp, signals
+from portexec.supervisor import child, libc, seccomp, signals, tree
 
 
 class Child:
-    """A child that waits for the word to go: its pid, and the parent's end of the socket to it."""
+    """A child that waits for the word to go: its pid, and the parent's end of the socket to it.
 
-    def __init__(self, pid: int, control: _socket.socket) -> None:
+    `others` are the children that this process had before, from the time before it was portexec.
+    """
+
+    def __init__(self, pid: int, control: _socket.socket, others: set[int]) -> None:
         self.pid = pid
         self.control = control
+        self.others = others
 
     def end(self) -> None:
         """End the child, unless it has ended."""
@@ -33,6 +37,7 @@ def spawn(plan: Plan, rehearsal_port: int | None, inbox: signals.Inbox) -> Child
 
     With a number of ours it installs the filter and rehearses. Raises OSError when resources run out.
     """
+    others = tree.children()
     control, childs_control = socket_pair(plan.first_fd + len(plan.passed))
     parent = os.getpid()
     pid = os.fork()
@@ -41,7 +46,7 @@ def spawn(plan: Plan, rehearsal_port: int | None, inbox: signals.Inbox) -> Child
         child.main(childs_control, plan, rehearsal_port, parent, inbox)
     childs_control.close()
     libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)
-    return Child(pid, control)
+    return Child(pid, control, others)
 
 
 def take_back(inbox: signals.Inbox) -> None:

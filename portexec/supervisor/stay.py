@@ -7,6 +7,7 @@ import time
 
 from portexec import publish, supervision
 from portexec.handoff import GUARD
+from portexec.supervisor import libc, seccomp, tree
 from portexec.supervisor.notify import VARIABLE, NotifySocket
 from portexec.supervisor.reporter import Reporter
 from portexec.supervisor.shim import GO, Job, Shim
@@ -33,6 +34,8 @@ class Stay:
         )
         self.notify = self._make_notify_socket()
         self.inbox = Inbox()
+        self.others = tree.children()
+        libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)  # what a shim leaves behind that is killed becomes ours
         export = launch.request.chosen.export
         self._export_was_there = export is not None and os.path.lexists(export)
         for fd in (asked.ready_fd, asked.control_fd):
@@ -71,7 +74,7 @@ class Stay:
         """anyio and what needs it is imported while the command starts."""
         from portexec.supervisor import lifetime, pool
 
-        shims = pool.Pool(self.shim, self.began, self._job_for, self.inbox)
+        shims = pool.Pool(self.shim, self.began, self._job_for, self.inbox, self.others)
         return lifetime.run(lifetime.Lifetime(self.launch, self.asked, shims, self.inbox, self.notify, self.reporter))
 
     def _make_notify_socket(self) -> NotifySocket | None:
@@ -108,7 +111,7 @@ class Stay:
         """Remove the sockets that we have made from the file system."""
         self.launch.bound.remove_paths()
         if self.notify is not None:
-            self.notify.close()
+            self.notify.remove_path()
 
 
 def _do_nothing() -> None:

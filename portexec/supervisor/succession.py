@@ -197,7 +197,7 @@ class Succession:
             self.on_end(generation, generation.failure)
 
     def _is_to_be_restarted(self, generation: Generation) -> bool:
-        if generation.failure is not None or generation.is_shim_gone() or self._ends_without_ready >= _FAILURES:
+        if generation.failure is not None or generation.shim.is_gone or self._ends_without_ready >= _FAILURES:
             return False
         has_failed = generation.wait_status != 0
         return self.asked.restart == supervision.ALWAYS or (self.asked.restart == supervision.ON_FAILURE and has_failed)

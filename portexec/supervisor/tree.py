@@ -40,6 +40,7 @@ class Stop:
         is_over = time.monotonic() > self._deadline
         for pid in tree if is_over else tree - self._told:
             signals.send(pid, _signal.SIGKILL if is_over else _signal.SIGTERM)
+            signals.send(pid, _signal.SIGCONT)  # one that Ctrl-Z has stopped can act on TERM only when it goes on
         self._told |= tree
         return bool(tree)
 
@@ -49,12 +50,35 @@ class Stop:
         return min(self._pause, max(0.0, self._deadline - time.monotonic()) or _SHORTEST_PAUSE)
 
 
+def children() -> set[int]:
+    """The pids of this process' own children; cheap where there are none, as mostly before the first is started.
+
+    Whoever became portexec by exec may have had some, which are not ours to stop.
+    """
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return set()
+    return set(_children_by_parent().get(os.getpid(), ()))
+
+
 def descendants(spare: Set[int] = frozenset(), root: int = 0) -> set[int]:
     """The pids of all processes below `root`, by default below this process, without `spare` and what is below those.
 
     Those that are dead and wait for their parent are not among them.
     """
-    children: dict[int, list[int]] = {}
+    by_parent = _children_by_parent()
+    found: set[int] = set()
+    level = [root or os.getpid()]
+    while level:
+        level = [pid for parent in level for pid in by_parent.get(parent, ()) if pid not in found and pid not in spare]
+        found.update(level)
+    return found
+
+
+def _children_by_parent() -> dict[int, list[int]]:
+    """All processes of the machine that /proc shows, by the pid of their parent."""
+    by_parent: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -64,10 +88,5 @@ def descendants(spare: Set[int] = frozenset(), root: int = 0) -> set[int]:
             except OSError:
                 continue
             if state != b"Z" or int(threads) > 1:  # a main thread that has ended is a zombie while others go on
-                children.setdefault(int(parent), []).append(int(name))
-    found: set[int] = set()
-    level = [root or os.getpid()]
-    while level:
-        level = [pid for parent in level for pid in children.get(parent, ()) if pid not in found and pid not in spare]
-        found.update(level)
-    return found
+                by_parent.setdefault(int(parent), []).append(int(name))
+    return by_parent
