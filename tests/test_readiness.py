@@ -1,0 +1,802 @@
+"""Readiness: that each form of `--ready` tells the truth, with each hand-off it is for, and what comes of it.
+
+What portexec says when the command is ready (`--ready-fd 1`) and what the server says go to one pipe, so their order is that of
+what happened. The server (children/obedient.py) does what the test tells it. That portexec still waits, although it had the
+turn, is shown by signals that it forwards: `Server.is_awaited`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.obedience import (
+    BY_NUMBER,
+    HAND_OFFS,
+    NO_SOCK_DIAG,
+    Server,
+    connect,
+    launched,
+    port_of,
+    refusing,
+    serving,
+)
+from tests.support import (
+    DEADLINE,
+    PORTEXEC,
+    STRANGER,
+    child,
+    descriptors_of,
+    kill_group,
+    run,
+    running,
+    status_of,
+    wait_for,
+)
+
+OK = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+# listen
+
+
+@pytest.mark.parametrize("form", [[], ["--ready", "listen"]], ids=["default", "listen"])
+@pytest.mark.parametrize("hand_off", BY_NUMBER)
+def test_listen_is_not_before_the_server_listens(hand_off: str, form: list[str]) -> None:
+    with serving("-H", hand_off, *form) as server:
+        assert server.is_awaited()
+        server.do("bind PORT 127.0.0.1")
+        assert server.is_awaited()
+        server.do("listen PORT")
+        assert server.ready()["hand_off"] == hand_off
+
+
+@pytest.mark.parametrize("hand_off", BY_NUMBER)
+def test_listen_never_connects(hand_off: str) -> None:
+    with serving("-H", hand_off, "--ready", "listen") as server:
+        server.listens(hand_off)
+        server.ready()
+        assert server.says("pending PORT 0") == "waiting 0"
+
+
+def test_listen_where_sock_diag_is_refused() -> None:
+    with serving("-H", "hold", "--ready", "listen", prefix=refusing(NO_SOCK_DIAG)) as server:
+        server.do("bind PORT 127.0.0.1")
+        assert server.is_awaited()
+        server.do("listen PORT")
+        server.ready()
+
+
+@pytest.mark.parametrize("hand_off", BY_NUMBER)
+def test_listening_elsewhere_is_not_ready(hand_off: str) -> None:
+    with serving("-H", hand_off, "--ready", "listen") as server:
+        server.do("bind 0 127.0.0.1", "listen 0")
+        assert server.is_awaited()
+        server.listens(hand_off)
+        server.ready()
+
+
+@pytest.mark.parametrize(("call", "options"), [("pidfd_getfd", ["-H", "guard"]), ("seccomp", [])], ids=["gated", "auto"])
+def test_listen_where_guard_is_refused_or_gated(call: str, options: list[str]) -> None:
+    with serving(*options, prefix=refusing([[call, errno.EPERM]])) as server:
+        assert server.is_awaited()
+        server.listens("guard")
+        assert server.ready()["hand_off"] == (options[1] if options else "hold")
+
+
+# Where the server binds, and what a client is to use then, which was told 127.0.0.1.
+FOLLOWED = [
+    ("127.0.0.1", "127.0.0.1"),
+    ("0.0.0.0", "127.0.0.1"),
+    ("*", "127.0.0.1"),
+    ("::ffff:127.0.0.1", "127.0.0.1"),
+    ("127.0.0.9", "127.0.0.9"),
+    ("::1", "[::1]"),
+    ("::", "[::1]"),
+]
+
+
+@pytest.mark.parametrize("form", ["listen", "accept", "http", "notify"])
+@pytest.mark.parametrize(("host", "told"), FOLLOWED, ids=[host for host, _ in FOLLOWED])
+@pytest.mark.parametrize("hand_off", BY_NUMBER)
+def test_the_address_that_was_really_bound_is_told(hand_off: str, host: str, told: str, form: str) -> None:
+    become_ready = {"accept": "accept PORT", "http": f"reply PORT {OK.hex()}", "notify": "notify READY=1"}
+    with serving("-H", hand_off, "--ready", form) as server:
+        port = port_of(server.started.url())
+        server.listens(hand_off, host)
+        if form in become_ready:
+            server.do(become_ready[form])
+        if form == "http":
+            server.heard()
+        assert server.where() == [f"http://{told}:{port}"]
+
+
+@pytest.mark.parametrize("hand_off", BY_NUMBER)
+def test_several_listeners_have_to_listen_all(hand_off: str) -> None:
+    with serving("-H", hand_off, "-l", "web=0", "-l", "admin=[::1]:0", "--ready", "listen") as server:
+        server.do("bind ADMIN_PORT ::1", "listen ADMIN_PORT")
+        assert server.is_awaited()
+        server.do("bind WEB_PORT 127.0.0.1", "listen WEB_PORT")
+        assert server.where() == [server.started.url() for _ in range(2)]
+
+
+@pytest.mark.parametrize("hand_off", BY_NUMBER)
+def test_two_listeners_on_one_number_have_to_listen_both(hand_off: str) -> None:
+    for number in range(20000, 30000, 7):  # one that nobody has
+        pair = ["-l", f"web=127.0.0.1:{number}", "-l", f"admin=[::1]:{number}"]
+        with launched("-H", hand_off, *pair, "--ready", "listen") as server:
+            server.started.line("^portexec: ")
+            if "cannot listen" in server.started.lines[0]:
+                continue
+            server.comes_up()
+            server.do("bind PORT 127.0.0.1", "listen PORT")
+            assert server.is_awaited()
+            server.do("bind ADMIN_PORT ::1", "listen ADMIN_PORT")
+            assert server.where() == [f"http://127.0.0.1:{number}", f"http://[::1]:{number}"]
+            return
+
+
+# accept
+
+
+@pytest.mark.parametrize("where", [[], ["-l", "[::1]:0"], ["-l", "*:0"]], ids=["127.0.0.1", "[::1]", "all"])
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_accept_is_not_before_the_server_accepts(hand_off: str, where: list[str]) -> None:
+    with serving("-H", hand_off, *where, "--ready", "accept") as server:
+        url = server.started.url()
+        server.listens(hand_off, "*" if "*:0" in where else url.partition("//")[2].rpartition(":")[0].strip("[]"))
+        assert server.says("pending PORT 1") == "waiting 1"
+        assert server.is_awaited()
+        server.do("accept PORT")
+        assert server.where() == [url]
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_accept_is_the_truth_where_sock_diag_is_refused(hand_off: str) -> None:
+    with serving("-H", hand_off, "--ready", "accept", prefix=refusing(NO_SOCK_DIAG)) as server:
+        server.listens(hand_off)
+        server.says("pending PORT 1")
+        assert server.is_awaited()
+        server.do("accept PORT")
+        server.ready()
+
+
+def test_accept_is_the_default_with_a_descriptor() -> None:
+    with serving("-H", "fd") as server:
+        server.listens("fd")
+        server.says("pending PORT 1")
+        assert server.is_awaited()
+        server.do("accept PORT")
+        server.ready()
+
+
+@pytest.mark.parametrize("way", ["accept", "reset", "keep"])
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_what_the_server_does_with_the_connection_is_no_matter(hand_off: str, way: str) -> None:
+    """Also when it is over before it can be looked at."""
+    with serving("-H", hand_off, "--ready", "accept") as server:
+        server.listens(hand_off)
+        server.do(f"{way} PORT")
+        server.ready()
+
+
+def test_other_clients_in_the_backlog_do_not_blur_it() -> None:
+    """Ours is the second of three: ready is when it was accepted, neither after the first nor after the last."""
+    with launched("--lazy", "-H", "fd", "--ready", "accept") as server:
+        url = server.started.url()
+        with connect(url) as first:
+            server.comes_up()
+            server.listens("fd")
+            server.says("pending PORT 2")
+            with connect(url):
+                server.says("pending PORT 3")
+                server.do("accept PORT")
+                assert first.recv(100) == b"accepted"
+                assert server.is_awaited()
+                server.do("accept PORT")
+                server.ready()
+                assert server.says("pending PORT 1") == "waiting 1"
+
+
+def test_other_clients_in_the_backlog_where_sock_diag_is_refused() -> None:
+    """The backlog as a whole is counted: ready when it is empty."""
+    with (
+        launched("--lazy", "-H", "fd", "--ready", "accept", prefix=refusing(NO_SOCK_DIAG)) as server,
+        connect(server.started.url()) as first,
+    ):
+        server.comes_up()
+        server.listens("fd")
+        server.says("pending PORT 2")
+        server.do("accept PORT")
+        assert first.recv(100) == b"accepted"
+        assert server.is_awaited()
+        server.do("accept PORT")
+        server.ready()
+
+
+@pytest.mark.parametrize("hand_off", BY_NUMBER)
+def test_another_client_that_was_first_does_not_blur_it(hand_off: str) -> None:
+    with serving("-H", hand_off, "--ready", "accept") as server:
+        url = server.started.url()
+        server.process.send_signal(signal.SIGSTOP)
+        assert wait_for(lambda: status_of(server.process.pid)["State"].startswith("T"))
+        server.listens(hand_off)
+        server.says("pending PORT 0")
+        with connect(url) as first:
+            server.says("pending PORT 1")
+            server.process.send_signal(signal.SIGCONT)
+            server.says("pending PORT 2")
+            server.do("accept PORT")
+            assert first.recv(100) == b"accepted"
+            assert server.is_awaited()
+            server.do("accept PORT")
+            server.ready()
+
+
+@pytest.mark.parametrize("hand_off", BY_NUMBER)
+def test_a_listener_that_was_closed_again_has_accepted_nothing(hand_off: str) -> None:
+    """The connection is gone, as after an accept, but by a reset from the kernel."""
+    with serving("-H", hand_off, "--ready", "accept") as server:
+        server.listens(hand_off)
+        server.says("pending PORT 1")
+        server.do("close PORT")
+        assert server.is_awaited()
+        server.listens(hand_off)
+        server.says("pending PORT 1")
+        assert server.is_awaited()
+        server.do("accept PORT")
+        server.ready()
+
+
+def test_a_listener_that_was_shut_down_has_accepted_nothing() -> None:
+    with serving("-H", "fd", "--ready", "accept") as server:
+        server.listens("fd")
+        server.says("pending PORT 1")
+        server.do("shutdown PORT")
+        assert server.is_awaited()
+        server.do("exit 3")
+        assert server.ended() == 3
+
+
+@pytest.mark.parametrize("name", ["server.sock", "with space.sock", "@abstract"])
+def test_accept_on_a_unix_socket(name: str, tmp_path: Path) -> None:
+    name = f"@portexec-test-{tmp_path}" if name.startswith("@") else name
+    with serving("-l", f"unix:{name}", "-H", "fd", "--ready", "accept", cwd=tmp_path) as server:
+        server.listens("fd")
+        server.says("pending PORT 1")
+        assert server.is_awaited()
+        server.do("accept PORT")
+        assert server.where() == [f"unix:{name}"]
+
+
+def test_other_clients_of_a_unix_socket_do_not_make_it_ready(tmp_path: Path) -> None:
+    """The backlog as a whole is counted: ready when it is empty."""
+    path = f"unix:{tmp_path}/s"
+    with launched("--lazy", "-l", path, "-H", "fd", "--ready", "accept") as server:
+        server.started.url()
+        with connect(path) as first:
+            server.comes_up()
+            server.listens("fd")
+            server.says("pending PORT 2")
+            server.do("accept PORT")
+            assert first.recv(100) == b"accepted"
+            assert server.is_awaited()
+            server.do("accept PORT")
+            server.ready()
+
+
+def test_a_unix_socket_whose_backlog_is_full(tmp_path: Path) -> None:
+    """There connect(2) gives EAGAIN at once, which is no connection."""
+    path = f"unix:{tmp_path}/s"
+    with launched("--lazy", "-b", "1", "-l", path, "-H", "fd", "--ready", "accept") as server:
+        server.started.url()
+        with connect(path), connect(path):
+            server.comes_up()
+            server.listens("fd")
+            assert server.says("pending PORT 2") == "waiting 2"
+            assert server.is_awaited()
+            server.do("accept PORT", "accept PORT", "accept PORT")
+            server.ready()
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_several_listeners_have_to_accept_all(last: int, tmp_path: Path) -> None:
+    """But for UDP, which has nothing to accept."""
+    listen = ["-l", "a=0", "-l", "b=[::1]:0", "-l", f"c=unix:{tmp_path}/s", "-l", "d=udp:0"]
+    with serving(*listen, "-H", "fd", "--ready", "accept") as server:
+        server.do("take 0 3", "take 1 4", "take 2 5")
+        for one in {0, 1, 2} - {last}:
+            server.do(f"accept {one}")
+        server.says(f"pending {last} 1")
+        assert server.is_awaited()
+        server.do(f"accept {last}")
+        assert [url.partition(":")[0] for url in server.where()] == ["http", "http", "unix", "udp"]
+
+
+@pytest.mark.parametrize("form", [[], ["--ready", "none"]], ids=["default", "none"])
+def test_udp_is_ready_at_once(form: list[str]) -> None:
+    with launched("-l", "udp:0", "-H", "fd", *form) as server:
+        assert sorted(server.heard().partition(" ")[0] for _ in range(2)) == ["up", '{"pid":']
+
+
+# http
+
+
+@pytest.mark.parametrize(
+    ("form", "path"),
+    [("http", "/"), ("http:", "/"), ("http:/health?a=1:2", "/health?a=1:2"), ("http:ready", "/ready")],
+)
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_http_is_not_before_a_status_under_500(hand_off: str, form: str, path: str) -> None:
+    with serving("-H", hand_off, "--ready", form) as server:
+        port = port_of(server.started.url())
+        server.listens(hand_off)
+        assert server.is_awaited()
+        for status in (503, 500, 200):
+            request = server.replies(b"HTTP/1.1 %d Status\r\n\r\n" % status)
+            assert request[0] == f"GET {path} HTTP/1.1"
+            assert f"Host: 127.0.0.1:{port}" in request
+        server.ready()
+
+
+@pytest.mark.parametrize("status", [200, 204, 302, 401, 404, 499])
+def test_http_with_a_status_that_is_an_answer(status: int) -> None:
+    with serving("-H", "guard", "--ready", "http") as server:
+        server.listens("guard")
+        server.replies(b"HTTP/1.0 %d x\r\n\r\n" % status)
+        server.ready()
+
+
+NO_ANSWERS = {
+    "nothing": b"",
+    "empty line": b"\r\n",
+    "ssh": b"SSH-2.0-OpenSSH_9.2p1\r\n",
+    "no status": b"HTTP/1.1\r\n\r\n",
+    "no number": b"HTTP/1.1 2x0 OK\r\n\r\n",
+    "negative": b"HTTP/1.1 -200 OK\r\n\r\n",
+    "number that is too long": b"HTTP/1.1 " + b"9" * 5000 + b" OK\r\n\r\n",
+    "another protocol": b"ICY 200 OK\r\n\r\n",
+    "a word in front": b"200 HTTP/1.1 200\r\n\r\n",
+    "bytes": bytes(range(128, 256)) + b"\r\n",
+    "TLS alert": bytes.fromhex("15030100020246"),
+    "500": b"HTTP/1.1 500 Internal Server Error\r\n\r\n",
+    "599": b"HTTP/1.1 599\r\n\r\n",
+    "1000": b"HTTP/1.1 1000 x\r\n\r\n",
+    "cut off": b"HTTP/1.1 20",
+}
+
+
+@pytest.mark.parametrize("hand_off", ["fd", "guard"])
+@pytest.mark.parametrize("answer", NO_ANSWERS.values(), ids=NO_ANSWERS.keys())
+def test_http_with_an_answer_that_is_none(answer: bytes, hand_off: str) -> None:
+    with serving("-H", hand_off, "--ready", "http") as server:
+        server.listens(hand_off)
+        server.replies(answer)
+        assert server.is_awaited()
+        server.replies(OK)
+        server.ready()
+
+
+@pytest.mark.parametrize("way", ["reset", "accept"])
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_http_with_a_server_that_ends_the_connection_first(hand_off: str, way: str) -> None:
+    with serving("-H", hand_off, "--ready", "http") as server:
+        server.listens(hand_off)
+        server.do(f"{way} PORT")
+        server.replies(OK)
+        server.ready()
+
+
+def test_http_on_other_listeners(tmp_path: Path) -> None:
+    with serving("-l", f"unix:{tmp_path}/s", "-H", "fd", "--ready", "http:/x") as server:
+        server.listens("fd")
+        assert server.replies(OK)[:2] == ["GET /x HTTP/1.1", "Host: localhost"]
+        server.ready()
+    with serving("-l", "[::1]:0", "-l", "0", "-H", "fd", "--ready", "http:/x") as server:
+        port = port_of(server.started.url())
+        server.listens("fd")
+        assert f"Host: [::1]:{port}" in server.replies(OK)
+        server.ready()
+
+
+# notify
+
+
+@pytest.fixture(params=["abstract", "path"])
+def notify(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return "notify" if request.param == "abstract" else f"notify:{tmp_path}/notify"
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_notify_is_not_before_the_server_says_so(hand_off: str, notify: str) -> None:
+    with serving("-H", hand_off, "--ready", notify) as server:
+        server.listens(hand_off)
+        for text in (
+            "READY=0",
+            "READY=",
+            "READY",
+            "READY=11",
+            "XREADY=1",
+            "ready=1",
+            "_READY=1",
+            "STATUS=READY=1",
+            "A=1\\n\\n",
+        ):
+            server.do(f"notify {text}")
+        assert server.is_awaited()
+        server.do("notify STATUS=well\\nREADY=1\\nA=B=C")
+        assert server.ready()["command_pid"] == server.pid
+
+
+def test_notify_says_which_process_is_the_main_one(notify: str) -> None:
+    with serving("-H", "fd", "--ready", notify) as server:
+        server.do("notify MAINPID=4711", "notify MAINPID=x\\nREADY=1")
+        assert server.ready()["command_pid"] == 4711
+
+
+def test_the_name_of_the_notify_socket(tmp_path: Path) -> None:
+    """An abstract one of its own, or the path, which only our own user can write to and which is gone at the end."""
+    words = ["-q", "--ready", "notify", "-H", "hold", "--", "printenv", "NOTIFY_SOCKET"]
+    first, second = (run(*words).stdout for _ in range(2))
+    assert first.startswith("@")
+    assert first != second
+    path = tmp_path / "notify"
+    with serving("-H", "fd", "--ready", f"notify:{path}") as server:
+        assert path.stat().st_mode & 0o777 == 0o600
+        server.do("notify READY=1")
+        server.ready()
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_without_notify_the_variable_is_left_alone(tmp_path: Path) -> None:
+    environment = {**os.environ, "NOTIFY_SOCKET": "/somewhere/else"}
+    done = run("-q", "--ready", "none", "-H", "hold", "--", "printenv", "NOTIFY_SOCKET", env=environment)
+    assert done.stdout == "/somewhere/else\n"
+
+
+def test_another_user_cannot_say_that_it_is_ready(notify: str, tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    tmp_path.chmod(0o755)
+    with serving("-H", "fd", "--ready", notify) as server:
+        assert server.says(f"notify-as {STRANGER} READY=1") == ("refused" if ":" in notify else "sent")
+        assert server.is_awaited()
+        server.do("notify READY=1")
+        server.ready()
+
+
+@contextmanager
+def service_manager(tmp_path: Path, kind: str) -> Iterator[tuple[socket.socket, dict[str, str]]]:
+    """The notification socket of whoever started portexec, and the environment that names it."""
+    name = f"{tmp_path}/manager" if kind == "path" else f"@portexec-test-{tmp_path}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name[1:]}" if kind == "abstract" else name)
+        manager.settimeout(DEADLINE)
+        yield manager, {**os.environ, "NOTIFY_SOCKET": name}
+
+
+@pytest.mark.parametrize("kind", ["abstract", "path"])
+def test_our_own_service_manager_is_told(tmp_path: Path, kind: str) -> None:
+    """READY=1 and STATUS= as they come; the rest is between the command and us, and another user says nothing through us."""
+    with (
+        service_manager(tmp_path, kind) as (manager, environment),
+        serving("-H", "fd", "--ready", "notify", env=environment) as server,
+    ):
+        if os.geteuid() == 0:
+            assert server.says(f"notify-as {STRANGER} READY=1") == "sent"
+        server.do("notify MAINPID=4711", "notify WATCHDOG=1\\nFDSTORE=1", "notify STATUS=nearly\\nMAINPID=4712")
+        assert manager.recv(1000) == b"STATUS=nearly\n"
+        server.do("notify READY=1\\nSTATUS=well")
+        assert sorted(manager.recv(1000).decode().split()) == ["READY=1", "STATUS=well"]
+        server.ready()
+
+
+def test_a_service_manager_that_has_gone_is_nobodys_failure(tmp_path: Path) -> None:
+    environment = {**os.environ, "NOTIFY_SOCKET": f"{tmp_path}/nobody"}
+    with serving("-H", "fd", "--ready", "notify", env=environment) as server:
+        server.do("notify READY=1")
+        server.ready()
+
+
+def test_systemd_notify(notify: str) -> None:
+    """The program has ended, or waits for our answer to its barrier, when its message is read."""
+    program = shutil.which("systemd-notify")
+    if program is None:
+        (pytest.fail if os.environ.get("PORTEXEC_CI") else pytest.skip)("needs systemd-notify")
+    script = f"{program} --ready --status=well && echo told; read line"
+    with running("-q", "--ready-fd", "1", "--ready", notify, "-H", "fd", "--", "sh", "-c", script) as started:
+        assert started.process.stdout is not None
+        lines = [started.process.stdout.readline() for _ in range(2)]
+        assert sorted(line[0] for line in lines) == ["t", "{"]
+
+
+# none, and what all forms have in common
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_none_is_at_once(hand_off: str) -> None:
+    with launched("-H", hand_off, "--ready", "none") as server:
+        assert sorted(server.heard().partition(" ")[0] for _ in range(2)) == ["up", '{"pid":']
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_what_is_told_when_it_is_ready(hand_off: str) -> None:
+    """The announcement, and who runs."""
+    with serving("-H", hand_off, "--json", "-l", "web=0", "-l", "admin=[::1]:0", "--ready", "accept") as server:
+        announced = json.loads(server.started.line("^{").string)
+        for key, fd, host in (("WEB_PORT", 3, "127.0.0.1"), ("ADMIN_PORT", 4, "::1")):
+            server.do(*([f"take {key} {fd}"] if hand_off == "fd" else [f"bind {key} {host}", f"listen {key}"]))
+            server.do(f"accept {key}")
+        assert server.ready() == {**announced, "command_pid": server.pid}
+        assert announced["pid"] == server.process.pid
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_the_descriptor_is_closed_when_all_is_told(hand_off: str) -> None:
+    """It is portexec's alone, and nobody who reads it waits for the command."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as told:
+        script = "echo up; exec cat"
+        words = ["--ready-fd", str(writer), "--ready", "none", "-H", hand_off, "--", "sh", "-c", script]
+        with running(*words, pass_fds=[writer], stdin=subprocess.PIPE) as started:
+            os.close(writer)
+            assert json.loads(told.read())["pid"] == started.process.pid
+            assert started.process.poll() is None
+
+
+def test_the_command_does_not_get_the_descriptor() -> None:
+    with launched_with_pipe("-H", "fd", "--ready", "accept") as (server, told):
+        assert os.fstat(told).st_ino not in inodes_of_pipes(server.pid)
+        server.listens("fd")
+        server.do("accept PORT")
+        assert json.loads(os.read(told, 10000))["command_pid"] == server.pid
+
+
+def inodes_of_pipes(pid: int) -> set[int]:
+    texts = descriptors_of(pid).values()
+    return {int(text.removeprefix("pipe:[").rstrip("]")) for text in texts if text.startswith("pipe:[")}
+
+
+@contextmanager
+def launched_with_pipe(*options: str, fd: int | None = None) -> Iterator[tuple[Server, int]]:
+    """The server, and the reading end of a pipe of its own for `--ready-fd`."""
+    reader, writer = os.pipe()
+    try:
+        words = ["--ready-fd", str(writer), *options, "--", *child("obedient")]
+        with running(*words, pass_fds=[writer], stdin=subprocess.PIPE) as started:
+            os.close(writer)
+            writer = -1
+            server = Server(started)
+            server.comes_up()
+            yield server, reader
+    finally:
+        os.close(reader)
+        if writer >= 0:
+            os.close(writer)
+
+
+@pytest.mark.parametrize("number", [3, 4, 5])
+def test_a_descriptor_whose_number_the_listener_is_to_have(number: int) -> None:
+    """As in `portexec --ready-fd 3 ... 3>ready.json`."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as told:
+        prefix = [*child("place"), str(writer), str(number)]
+        words = ["--ready-fd", str(number), "--ready", "accept", "-H", "fd", "--", *child("obedient"), "take PORT 3"]
+        with running(*words, prefix=prefix, pass_fds=[writer], stdin=subprocess.PIPE) as started:
+            os.close(writer)
+            server = Server(started)
+            server.comes_up()
+            assert server.heard() == "take"
+            server.do("accept PORT")
+            assert json.loads(told.read())["hand_off"] == "fd"
+
+
+def test_standard_error_as_the_descriptor() -> None:
+    with running("-q", "--ready-fd", "2", "--ready", "none", "-H", "hold", "--", "sleep", "100") as started:
+        assert json.loads(started.line("^{").string)["pid"] == started.process.pid
+        started.process.terminate()
+        assert started.process.wait(DEADLINE) == -signal.SIGTERM
+
+
+def test_a_reader_that_has_gone_is_nobodys_failure() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        words = ["-q", "--ready-fd", str(writer), "--ready", "none", "-H", "hold", "--then", "exit 7", "--", "sleep", "100"]
+        assert run(*words, pass_fds=[writer]).returncode == 7
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", -9), ("kill -TERM $$", -15)])
+def test_a_command_that_ends_before_it_is_ready(script: str, status: int, hand_off: str) -> None:
+    """Ends the wait at once, with its own status; nothing is told."""
+    done = run("--ready-fd", "1", "--ready-timeout", "1h", "-H", hand_off, "--", "sh", "-c", script)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert "portexec: note: the command ended before it was ready: " in done.stderr
+
+
+@pytest.mark.parametrize("form", ["http", "notify", "accept"])
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_a_server_that_ends_while_it_is_asked(hand_off: str, form: str) -> None:
+    with serving("-H", hand_off, "--ready", form, "--ready-timeout", "1h") as server:
+        server.listens(hand_off)
+        if form != "notify":
+            server.says("pending PORT 1")
+        server.do("exit 3")
+        assert server.ended() == 3
+
+
+# The time is over
+
+NEVER = {
+    "listen": "listen on {}",
+    "accept": "accept a connection on {}",
+    "http:/health": "answer GET http://{}/health with a status under 500",
+    "notify": "send READY=1 to $NOTIFY_SOCKET",
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "hand_off"),
+    [(form, hand_off) for form in NEVER for hand_off in HAND_OFFS if (form, hand_off) != ("listen", "fd")],
+)
+def test_the_time_is_over(form: str, hand_off: str) -> None:
+    words = ["--ready-fd", "1", "--ready", form, "--ready-timeout", "100ms", "-H", hand_off, "--", "sleep", "100"]
+    done = run(*words)
+    announced, error, hint = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (124, "")
+    missing = NEVER[form].format(announced.rpartition("/")[2])
+    assert error == f"portexec: error: the command was not ready after 0.1 s: it did not {missing}"
+    assert hint == "portexec: hint: --ready-timeout gives it more time, --ready says what to wait for"
+
+
+def test_no_time_at_all() -> None:
+    done = run("-q", "--ready", "notify", "--ready-timeout", "0", "-H", "fd", "--", "sleep", "100")
+    assert done.returncode == 124
+    assert done.stderr.startswith("portexec: error: the command was not ready after 0 s: ")
+
+
+def test_what_the_command_said_last_is_told() -> None:
+    with serving("--ready", "notify", "--ready-timeout", "3s", "-H", "fd") as server:
+        server.do("notify STATUS=loading 3 of 7")
+        server.started.line(r"not ready after 3 s: it did not send READY=1 to \$NOTIFY_SOCKET \(it says: loading 3 of 7\)$")
+        assert server.process.wait(DEADLINE) == 124
+
+
+def test_only_what_is_missing_is_named() -> None:
+    with serving("-l", "web=0", "-l", "admin=0", "--ready", "listen", "--ready-timeout", "3s", "-H", "guard") as server:
+        web, admin = (server.started.url().partition("//")[2] for _ in range(2))
+        server.do("bind ADMIN_PORT 127.0.0.1", "listen ADMIN_PORT")
+        assert server.started.line("it did not listen on (.*)").group(1) == web
+        assert admin not in server.started.lines[-1]
+
+
+def test_a_server_that_is_never_done_with_its_answer() -> None:
+    with serving("-H", "fd", "--ready", "http", "--ready-timeout", "2s") as server:
+        server.listens("fd")
+        server.do("keep PORT")
+        server.started.line("not ready after 2 s: it did not answer GET ")
+        assert server.process.wait(DEADLINE) == 124
+
+
+# What a person sees meanwhile
+
+
+ERASE = "\r\x1b[K"
+
+
+@contextmanager
+def on_a_terminal(*words: str, columns: int = 200, **options: Any) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Portexec with a terminal as its standard error; yields the terminal's other end."""
+    ours, theirs = pty.openpty()
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    options.setdefault("stdout", subprocess.DEVNULL)
+    process = subprocess.Popen([*PORTEXEC, *words], stderr=theirs, start_new_session=True, **options)
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        kill_group(process.pid)
+        process.communicate()
+        os.close(ours)
+
+
+def read_to_end(terminal: int) -> str:
+    seen = b""
+    while True:
+        try:
+            data = os.read(terminal, 10000)
+        except OSError:  # EIO: nobody has it any more
+            return seen.decode()
+        seen += data
+
+
+def read_until(terminal: int, pattern: str) -> str:
+    seen = ""
+    while not re.search(pattern, seen):
+        data = os.read(terminal, 10000)
+        assert data, seen
+        seen += data.decode()
+    return seen
+
+
+WAITING = re.escape(ERASE) + r"portexec: (\d+) s: waiting for the command to send READY=1 to \$NOTIFY_SOCKET"
+
+
+@pytest.mark.parametrize("quiet", [False, True], ids=["loud", "quiet"])
+def test_the_line_on_a_terminal(quiet: bool) -> None:
+    """After a second, redrawn each second with what the command says, and gone when the wait is over."""
+    words = ["-q"] * quiet + ["--ready", "notify", "--ready-timeout", "3500ms", "-H", "fd", "--", "sleep", "100"]
+    with on_a_terminal(*words) as (process, terminal):
+        seen = read_to_end(terminal)
+        assert process.wait(DEADLINE) == 124
+    if quiet:
+        assert seen.startswith("portexec: error: the command was not ready after 3.5 s")
+        assert ERASE not in seen
+    else:
+        seconds = [int(text) for text in re.findall(WAITING, seen)]
+        assert len(seconds) > 1
+        assert sorted(set(seconds)) == seconds
+        assert seconds[0] > 0
+        assert f"{ERASE}portexec: error: " in seen
+
+
+def test_the_line_is_gone_when_it_is_ready() -> None:
+    with on_a_terminal(
+        "-v", "--ready", "notify", "-H", "fd", "--", *child("obedient"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as (process, terminal):
+        assert process.stdin is not None
+        seen = read_until(terminal, WAITING)
+        process.stdin.write(b"notify STATUS=loading 3 of 7\n")
+        process.stdin.flush()
+        seen += read_until(terminal, re.escape(r" (it says: loading 3 of 7)"))
+        process.stdin.write(b"notify READY=1\n")
+        process.stdin.flush()
+        seen += read_until(terminal, r"ready after \d+\.\d\ds\r\n")
+        assert re.search(re.escape(ERASE) + r"portexec: ready after", seen)
+
+
+def test_the_line_fits_a_narrow_terminal() -> None:
+    words = ["-q", "--ready", "notify", "-H", "fd", "--", "sleep", "100"]
+    with on_a_terminal(*words[1:], columns=30) as (_, terminal):
+        seen = read_until(terminal, re.escape(ERASE) + "portexec: [2-9] s")
+        lines = [line.partition("\r\n")[0] for line in seen.split(ERASE)[1:]]
+        assert all(len(line) < 30 for line in lines)
+
+
+def test_nothing_of_the_line_reaches_a_log_file(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        words = ["--ready", "notify", "--ready-timeout", "1500ms", "-H", "fd", "--", "sleep", "100"]
+        done = subprocess.run([*PORTEXEC, *words], stderr=log, stdin=subprocess.DEVNULL, timeout=DEADLINE)
+    assert done.returncode == 124
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.split(": ")[1] for line in lines][1:] == ["error", "hint"]
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("hand_off", HAND_OFFS)
+def test_verbose_says_how_long_it_took(hand_off: str) -> None:
+    with serving("-v", "-H", hand_off, "--ready", "accept") as server:
+        server.listens(hand_off)
+        server.do("accept PORT")
+        server.started.line(r"^portexec: ready after \d+\.\d\ds$")
