@@ -493,6 +493,32 @@ def test_a_hup_while_another_one_is_being_followed(tmp_path: Path) -> None:
         assert not (tmp_path / "4").exists()
 
 
+@pytest.mark.parametrize("outcome", ["ready", "failed"])
+def test_the_old_one_ends_before_the_new_one_is_ready(outcome: str, tmp_path: Path) -> None:
+    """Then the new one goes on alone, or if it fails there is a restart."""
+    with with_orders(tmp_path, "--restart", "on-failure", "--ready", "notify") as server:
+        server.comes_up()
+        order(server, tmp_path, 1, "notify READY=1")
+        server.started.line("^portexec: ready after ")
+        old = server.pid
+        server.process.send_signal(signal.SIGHUP)
+        server.comes_up()
+        order(server, tmp_path, 1, "exit 3")
+        assert wait_for(lambda: is_gone(old))
+        if outcome == "failed":
+            order(server, tmp_path, 2, "exit 4")
+            server.started.line(RESTARTED)
+            server.comes_up()
+            order(server, tmp_path, 3, "notify READY=1", "exit 0")
+            assert not any("the old one goes on" in line for line in server.started.lines)
+        else:
+            order(server, tmp_path, 2, "notify READY=1")
+            server.started.line("^portexec: ready after ")
+            order(server, tmp_path, 2, "exit 0")
+        assert server.ended() == 0
+        assert not (tmp_path / ("4" if outcome == "failed" else "3")).exists()
+
+
 def test_the_listener_lives_on_when_the_old_one_shuts_it_down(tmp_path: Path) -> None:
     """The new one may fail over it; then it is restarted, and serves."""
     with with_orders(tmp_path, "--restart", "always", "--ready", "notify") as server:

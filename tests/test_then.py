@@ -543,8 +543,8 @@ def terminal_with(*words: str) -> Iterator[Terminal]:
 
 @TOGETHER
 def test_ctrl_c_ends_both_and_dies_by_int(hand_off: str) -> None:
-    words = [*PORTEXEC, "-q", "-H", hand_off, "--then", f"echo tests $$; {STAY}", "--", *SERVER, "on=SIGINT:end"]
-    with terminal_with(*words) as terminal:
+    server = [*SERVER, "on=SIGINT:end", "on=SIGTERM:ignore"]  # the tests' end is TERM to it, which may come first
+    with terminal_with(*PORTEXEC, "-q", "-H", hand_off, "--then", f"echo tests $$; {STAY}", "--", *server) as terminal:
         pids = terminal.pids()
         terminal.press(CTRL_C)
         terminal.find("SIGINT")
@@ -677,6 +677,25 @@ def test_ctrl_z_stops_all_and_fg_continues_all(hand_off: str) -> None:
         terminal.find(r"asked\r")
         terminal.press(b"echo status=$?\n")
         terminal.find("status=3")
+
+
+def test_the_tests_may_be_an_interactive_shell() -> None:
+    """It has the terminal, with job control and a Ctrl-C of its own, and gives it back."""
+    shell = shutil.which("bash") or pytest.skip("needs bash")
+    then = f"PS1='ask: ' exec {shell} --norc --noprofile -i"
+    with terminal_with(shell, "--norc", "--noprofile", "-i") as terminal:
+        terminal.press(shlex.join([*PORTEXEC, "-q", "-e", "BASE={url}", "--then", then, "--", *SERVER]).encode() + b"\n")
+        served = int(terminal.find(r"serving (\d+)\r", "ask: ")[0][1])
+        terminal.press(b"sh -c 'echo running; exec cat'\n")
+        terminal.find(r"\nrunning\r|\rrunning\r")
+        terminal.press(CTRL_C)
+        terminal.find("ask: ")
+        terminal.press(shlex.join([*child("ask"), "$BASE", "variable BASE"]).replace("'$BASE'", "$BASE").encode() + b"\n")
+        terminal.find(r"[\r\n]http://127.0.0.1:\d+\r")  # bash turns off its bracketed paste in front of it
+        terminal.press(b"exit 4\n")
+        terminal.press(b"echo status=$?\n")
+        terminal.find("status=4")
+        assert is_gone(served)
 
 
 # Signals that whoever started portexec ignores.

@@ -265,13 +265,14 @@ class Succession:
                 signals.send(old.shim.pid, _signal.SIGTERM)
             elif not self.is_over:
                 how = new.failure.message if new.failure else describe(new.wait_status)
-                self.reporter.error(f"the new generation was not ready, the old one goes on: {how}")
+                what_now = "and the old one has ended meanwhile" if old.ended.is_set() else "the old one goes on"
+                self.reporter.error(f"the new generation was not ready, {what_now}: {how}")
 
     async def _has_become_ready(self, generation: Generation) -> bool:
         async with anyio.create_task_group() as tasks:
             for event in (generation.ready, generation.ended):
                 tasks.start_soon(_wait_and_cancel, event, tasks.cancel_scope)
-        return generation.ready.is_set() and not generation.ended.is_set()
+        return generation.ready.is_set()
 
 
 async def _wait_and_cancel(event: anyio.Event, scope: anyio.CancelScope) -> None:
