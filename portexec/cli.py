@@ -91,7 +91,7 @@ def _become_or_wait(launch: Launch, chosen: options.Options, kill_after: float) 
         try:
             if supervised is None:
                 execute.execute(launch.plan)
-            wait_status = _wait_for(supervised, chosen, launch, kill_after)
+            wait_status = _wait_for(supervised, chosen, launch, kill_after, published)
         except PortexecError:
             published.withdraw()
             raise
@@ -140,8 +140,10 @@ def _rehearse(launch: Launch) -> Admitted:
     return start(launch.plan, launch.bound.guards, launch.remap)
 
 
-def _wait_for(supervised: Admitted, chosen: options.Options, launch: Launch, kill_after: float) -> int:
-    """Wait for a command that binds the number itself; returns its wait status."""
+def _wait_for(
+    supervised: Admitted, chosen: options.Options, launch: Launch, kill_after: float, published: publish.Published
+) -> int:
+    """Wait for a command that binds the number itself; returns its wait status. What was published holds for a daemon, too."""
     from portexec.supervisor import run
 
     supervised.go()
@@ -149,7 +151,10 @@ def _wait_for(supervised: Admitted, chosen: options.Options, launch: Launch, kil
 
     diagnosis = Diagnosis(launch.bound.guards, quiet=chosen.quiet, verbose=chosen.verbose)
     supervisor = run.Supervisor(supervised, diagnosis, kill_after, is_killed=chosen.kill_after is not None)
-    return supervisor.run()
+    wait_status = supervisor.run()
+    if not supervisor.has_left_a_daemon:
+        published.withdraw()
+    return wait_status
 
 
 def _show_plan(launch: Launch, *, as_json: bool) -> int:

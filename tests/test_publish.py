@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,9 +29,9 @@ def run_under(*prefix: str, words: list[str]) -> subprocess.CompletedProcess[str
     return subprocess.run([*prefix, *support.PORTEXEC, *words], capture_output=True, text=True, timeout=support.DEADLINE)
 
 
-def run_fd(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run portexec without a parent, for what is the same in every hand-off."""
-    return support.run("-H", "fd", *words)
+def run_fd(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run portexec without a parent, for what is the same in every hand-off; one would withdraw the files at the end."""
+    return support.run("-H", "fd", *words, **options)
 
 
 def without_rights(*words: str) -> subprocess.CompletedProcess[str]:
@@ -141,7 +142,7 @@ def test_verbose_says_what_was_chosen_and_why() -> None:
 
 def test_port_file_is_there_before_the_command_starts(directory: Path) -> None:
     path = directory / "web.port"
-    result = support.run("--port-file", str(path), "--", "sh", "-c", f"cat {path}; echo $PORT")
+    result = run_fd("--port-file", str(path), "--", "sh", "-c", f"cat {path}; echo $PORT")
     from_file, from_environment = result.stdout.splitlines()
     assert from_file == from_environment
     assert path.read_text() == f"{from_environment}\n"
@@ -150,20 +151,20 @@ def test_port_file_is_there_before_the_command_starts(directory: Path) -> None:
 
 def test_port_file_has_the_first_listeners_number(directory: Path) -> None:
     path = directory / "p"
-    result = support.run("-l", "a=0", "-l", "b=0", f"--port-file={path}", "--", "sh", "-c", "echo $A_PORT")
+    result = run_fd("-l", "a=0", "-l", "b=0", f"--port-file={path}", "--", "sh", "-c", "echo $A_PORT")
     assert path.read_text() == result.stdout
 
 
 def test_port_file_in_the_working_directory(directory: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(support.ROOT)}
-    result = support.run("--port-file", "p", "--", "cat", "p", cwd=directory, env=environment)
+    result = run_fd("--port-file", "p", "--", "cat", "p", cwd=directory, env=environment)
     assert result.stdout.strip().isdigit()
     assert names_in(directory) == ["p"]
 
 
 def test_port_file_with_the_longest_name(directory: Path) -> None:
     path = directory / ("x" * 255)
-    assert support.run("--port-file", str(path), "--", "true").returncode == 0
+    assert run_fd("--port-file", str(path), "--", "true").returncode == 0
     assert names_in(directory) == [path.name]
 
 
@@ -171,7 +172,9 @@ def test_port_file_with_the_longest_name(directory: Path) -> None:
 @pytest.mark.parametrize("option", ["--port-file", "--export"])
 def test_mode_of_a_file(option: str, umask: int, mode: int, directory: Path) -> None:
     path = directory / "p"
-    result = run_under("/bin/sh", "-c", f'umask {umask:o}; exec "$@"', "sh", words=[option, str(path), "--", "true"])
+    result = run_under(
+        "/bin/sh", "-c", f'umask {umask:o}; exec "$@"', "sh", words=["-H", "fd", option, str(path), "--", "true"]
+    )
     assert result.returncode == 0
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
@@ -181,7 +184,7 @@ def test_port_file_replaces_a_regular_file(directory: Path) -> None:
     path, second_name = directory / "p", directory / "kept"
     path.write_text("a longer text than a number\n")
     os.link(path, second_name)
-    result = support.run("--port-file", str(path), "--", "sh", "-c", "echo $PORT")
+    result = run_fd("--port-file", str(path), "--", "sh", "-c", "echo $PORT")
     assert path.read_text() == result.stdout
     assert second_name.read_text() == "a longer text than a number\n"
     assert names_in(directory) == ["kept", "p"]
@@ -191,7 +194,7 @@ def test_port_file_is_never_seen_unfinished(directory: Path) -> None:
     """Read it over and over while launches replace it."""
     path = directory / "p"
     path.write_text("0\n")
-    launches = [start("-q", "--port-file", str(path), "--", "true") for _ in range(12)]
+    launches = [start("-q", "-H", "fd", "--port-file", str(path), "--", "true") for _ in range(12)]
     seen = set()
     while any(launch.poll() is None for launch in launches):
         seen.add(path.read_text())
@@ -305,7 +308,7 @@ def test_export_appends_lines(directory: Path) -> None:
 
 def test_export_makes_the_file(directory: Path) -> None:
     path = directory / "env"
-    result = support.run("--export", str(path), "--", "sh", "-c", "echo PORT=$PORT")
+    result = run_fd("--export", str(path), "--", "sh", "-c", "echo PORT=$PORT")
     assert path.read_text() == result.stdout
     assert names_in(directory) == ["env"]
 
@@ -320,8 +323,8 @@ def test_export_adds_a_newline_that_is_missing(before: str, between: str, direct
 
 def test_export_is_read_back_as_an_env_file(directory: Path) -> None:
     path = directory / "env"
-    first = support.run("-l", "api=0", "--export", str(path), "--", "sh", "-c", "echo $API_PORT")
-    second = support.run("-l", "other=0", "--env-file", str(path), "--", "sh", "-c", "echo $API_PORT")
+    first = run_fd("-l", "api=0", "--export", str(path), "--", "sh", "-c", "echo $API_PORT")
+    second = run_fd("-l", "other=0", "--env-file", str(path), "--", "sh", "-c", "echo $API_PORT")
     assert second.stdout == first.stdout
 
 
@@ -347,10 +350,36 @@ def test_exports_of_many_launches_do_not_mix(directory: Path) -> None:
 
 def test_both_files(directory: Path) -> None:
     port_file, export = directory / "p", directory / "env"
-    result = support.run("--port-file", str(port_file), "--export", str(export), "--", "sh", "-c", "echo $PORT")
+    result = run_fd("--port-file", str(port_file), "--export", str(export), "--", "sh", "-c", "echo $PORT")
     assert port_file.read_text() == result.stdout
     assert export.read_text() == f"PORT={result.stdout}"
     assert names_in(directory) == ["env", "p"]
+
+
+@pytest.mark.parametrize("end", ["exit 3", "kill -KILL $$"])
+def test_both_files_are_withdrawn_by_a_parent(end: str, directory: Path) -> None:
+    words = ["--port-file", str(directory / "p"), "--export", str(directory / "env")]
+    result = support.run("-H", "guard", *words, "--", "sh", "-c", f"cat {directory}/p {directory}/env; {end}")
+    number, variable = result.stdout.splitlines()
+    assert variable == f"PORT={number}"
+    assert names_in(directory) == []
+
+
+def test_what_a_parent_withdraws_is_its_own(directory: Path) -> None:
+    (directory / "env").write_text("A=1\n")
+    words = ["--port-file", str(directory / "p"), "--export", str(directory / "env")]
+    support.run("-H", "guard", *words, "--", "sh", "-c", f"echo 1 >{directory}/p")
+    assert (directory / "p").read_text() == "1\n"
+    assert (directory / "env").read_text().startswith("A=1\nPORT=")
+
+
+def test_nothing_is_withdrawn_while_a_daemon_serves(directory: Path) -> None:
+    script = "exec 9<&0; (read line <&9) >/dev/null 2>&1 &"
+    with support.running(
+        "-H", "guard", "--port-file", str(directory / "p"), "--", "sh", "-c", script, stdin=subprocess.PIPE
+    ) as started:
+        assert started.process.wait(support.DEADLINE) == 0
+        assert names_in(directory) == ["p"]
 
 
 @pytest.mark.parametrize("bad", ["--port-file", "--export"])

@@ -8,6 +8,7 @@ turn, is shown by signals that it forwards: `Server.is_awaited`.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pty
@@ -610,6 +611,29 @@ def test_standard_error_as_the_descriptor() -> None:
         assert json.loads(started.line("^{").string)["pid"] == started.process.pid
         started.process.terminate()
         assert started.process.wait(DEADLINE) == -signal.SIGTERM
+
+
+def test_a_reader_that_does_not_read_keeps_nobody_waiting() -> None:
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"x" * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))
+        words = ["-q", "--ready-fd", str(writer), "--ready", "none", "-H", "hold", "--then", "exit 7", "--", "sleep", "100"]
+        assert run(*words, pass_fds=[writer]).returncode == 7
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_line_that_is_longer_than_the_pipe_is_told() -> None:
+    """Hundreds of listeners, and a reader that takes its time."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as told:
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        listen = [word for _ in range(200) for word in ("-l", "0")]
+        words = ["-q", *listen, "--ready-fd", str(writer), "--ready", "none", "-H", "fd", "--", "sleep", "1000"]
+        with running(*words, pass_fds=[writer]):
+            os.close(writer)
+            assert len(json.loads(told.read())["listeners"]) == 200
 
 
 def test_a_reader_that_has_gone_is_nobodys_failure() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from portexec.supervisor.tree import descendants
 from tests.support import DEADLINE, PORTEXEC, child, kill_group, run, running, status_of, wait_for
 
 GUARD = ("-q", "-H", "guard", "--")
@@ -174,6 +175,24 @@ def test_told_to_stop_it_stops_the_whole_tree() -> None:
         started.process.terminate()
         assert started.process.wait(DEADLINE) == -signal.SIGTERM
         assert all(is_gone(pid) for pid in left)
+
+
+def test_what_was_there_before_it_lives_on() -> None:
+    """A child that portexec was given: of the shell that became portexec."""
+    script = 'sleep 1000 & exec "$@"'
+    words = [*PORTEXEC, *GUARD, "sh", "-c", "echo $$; exec sleep 1000"]
+    shell = ["sh", "-c", script, "sh", *words]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            command = int(process.stdout.readline())
+            (other,) = descendants(root=process.pid) - {command}
+            process.terminate()
+            assert process.wait(DEADLINE) == -signal.SIGTERM
+            assert is_gone(command)
+            assert not is_gone(other)
+        finally:
+            kill_group(process.pid)
 
 
 def test_what_ignores_term_is_killed() -> None:

@@ -22,9 +22,7 @@ class Pool:
     `others` are children of this process that are no shims, from the time before it was portexec.
     """
 
-    def __init__(
-        self, first: Shim, began: float, job_for: Callable[[Plan], Job], inbox: Inbox, others: set[int]
-    ) -> None:
+    def __init__(self, first: Shim, began: float, job_for: Callable[[Plan], Job], inbox: Inbox, others: set[int]) -> None:
         self.shims = [first]
         self.began = began
         self.others = others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 
 from portexec import publish
 
@@ -54,9 +55,10 @@ class Reporter:
         """That the command is ready, and where it really listens."""
         self.tell("ready", pid=pid, listeners=self._listeners())
 
-    def announce_ready(self, command_pid: int) -> None:
-        """One JSON line to the descriptor of `--ready-fd`, which is closed then."""
-        if self.ready_fd is None:
+    async def announce_ready(self, command_pid: int) -> None:
+        """One JSON line to the descriptor of `--ready-fd`, which is closed then. A slow reader keeps nobody else waiting."""
+        fd, self.ready_fd = self.ready_fd, None
+        if fd is None:
             return
         import json
 
@@ -67,15 +69,26 @@ class Reporter:
             "listeners": self._listeners(),
         }
         try:
-            os.write(self.ready_fd, json.dumps(told).encode() + b"\n")
+            await _write(fd, json.dumps(told).encode() + b"\n")
         except OSError:
             pass  # nobody wants to know any more
-        if self.ready_fd > _STDERR:
-            os.close(self.ready_fd)
-        self.ready_fd = None
+        if fd > _STDERR:
+            os.close(fd)
 
     def _listeners(self) -> list[dict[str, str | int]]:
         return publish.described(self.launch.bound.listeners, self.launch.first_fd)
+
+
+async def _write(fd: int, data: bytes) -> None:
+    """Write when there is room. A pipe that can be written to takes PIPE_BUF bytes without blocking, pipe(7)."""
+    import anyio
+
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    while data:
+        if not poll.poll(0):
+            await anyio.wait_writable(fd)
+        data = data[os.write(fd, data[: select.PIPE_BUF]) :]
 
 
 def describe(wait_status: int) -> str:

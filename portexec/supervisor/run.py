@@ -212,6 +212,7 @@ class Supervisor:
         self.is_hurried = False  # and at once
         self.was_interrupted = False  # by Ctrl-C, which the command may have a use for
         self.has_ended = False
+        self.has_left_a_daemon = False  # something runs on, and may serve
         self.wait_status = 0  # of waitpid(2), once it has ended
         self.poll = select.poll()
         self.poll.register(supervised.inbox, select.POLLIN)
@@ -301,6 +302,7 @@ class Supervisor:
         supervised = self.supervised
         if not isinstance(supervised, Admitted) or not supervised.has_filtered_tasks():
             return
+        self.has_left_a_daemon = True
         try:
             if os.fork():
                 return

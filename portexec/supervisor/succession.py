@@ -184,7 +184,7 @@ class Succession:
         self.reporter.detail(f"ready after {generation.ready_since - generation.began:.2f}s")
         if not self.was_ready:
             self.was_ready = True
-            self.reporter.announce_ready(generation.pid)
+            self.tasks.start_soon(self.reporter.announce_ready, generation.pid)
             self.on_ready()
 
     # What follows its end.
