@@ -217,7 +217,11 @@ def _listen_unix(path: str, backlog: int | None) -> tuple[_socket.socket, tuple[
     try:
         return socket, unix_sockets.listen(socket, path, backlog or _socket.SOMAXCONN)
     except OSError as error:
+        socket.close()
         raise _cannot_listen(f"unix:{path}", error) from error
+    except BaseException:
+        socket.close()
+        raise
 
 
 def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
