@@ -173,13 +173,13 @@ class Serving:
         self._run = run
         self._was_entered = False
 
-    def _enter(self) -> None:
+    def _claim(self) -> None:
         if self._was_entered:
             raise AlreadyEntered("this server was started before", "call serve again for another one")
         self._was_entered = True
 
     def __enter__(self) -> Server:
-        self._enter()
+        self._claim()
         try:
             self._run.start()
             self._run.wait_until_ready()
@@ -192,7 +192,7 @@ class Serving:
         self._run.stop()
 
     async def __aenter__(self) -> AsyncServer:
-        self._enter()
+        self._claim()
         try:
             self._run.start()
             await _in_thread(self._run.wait_until_ready)
@@ -223,14 +223,15 @@ def serve(
 
     `command`: its words; templates (`{port}`, `{url}`, `{fd}`) are replaced. `listen`: listen specs, by name if it is a
     mapping; default `127.0.0.1:0`. `hand_off`: auto, fd, guard or hold. `env`: variables on top of ours, with templates; None
-    removes one. `env_file`: dotenv files. `ready`: what counts as ready (listen, accept, http:PATH, notify, none); the default
-    is exact for the hand-off. `ready_timeout`, `kill_after`: seconds. `cwd`: the command's working directory.
+    removes one. `env_file`: dotenv files, found from the caller's directory. `ready`: what counts as ready (listen, accept,
+    http:PATH, notify, none); the default is exact for the hand-off. `ready_timeout`, `kill_after`: seconds. `cwd`: the
+    command's working directory, in which a relative `unix:PATH` is.
 
     The block owns the server: leaving it stops the whole tree. The command's standard input is empty, and it runs in a session
     of its own, so Ctrl-C reaches the caller only.
 
-    Entering raises `CommandNotFound`, `CannotExecute`, `ListenError`, `UsageError` (`CommandNotAList`, `UnknownHandOff`,
-    `UnknownReady`); `NotReady` when the time is over and
+    Raises `UsageError` (`CommandNotAList`) at once for an argument that cannot be meant. Entering raises `CommandNotFound`,
+    `CannotExecute`, `ListenError`, `UsageError` (`UnknownHandOff`, `UnknownReady`); `NotReady` when the time is over and
     `Exited` when the command ends first, both with the last `output`; `AlreadyEntered` the second time.
     """
     options = [word for spec in _specs(listen) for word in ("--listen", spec)]
@@ -470,7 +471,8 @@ class _Run:
         output = process.stdout.fileno()
         lines = b""
         poll = select.poll()
-        is_open = {control.fileno(), output}
+        # In this order: when the end of the command is told, all that it wrote is there already.
+        is_open = [output, control.fileno()]
         for fd in is_open:
             poll.register(fd, select.POLLIN)
         while is_open:
