@@ -436,8 +436,6 @@ async def test_a_restart_after_a_cancelled_one() -> None:
         await begin_a_restart(server)
         await server.restart()
         assert get(server.url) == greeting(server)
-        pid = server.pid
-        assert get(server.url) == f"hello from {pid}"
         tell(server, "exit/7")
         assert await anyio.to_thread.run_sync(server.died, DEADLINE) is not None
 
@@ -447,8 +445,7 @@ def test_stop_during_a_restart(tmp_path: Path, mark: str) -> None:
     with ThreadPoolExecutor(1) as pool, portexec.serve([*LIGHT, f"if={file}:silent"]) as server:
         file.touch()
         restarting = pool.submit(server.restart)
-        wait_for(lambda: "waiting" in server.output)
-        assert server.returncode is None  # it runs again
+        wait_for(lambda: "waiting" in server.output and server.returncode is None)  # it runs again
         server.stop()
         assert describe(marked(mark)) == []
         with pytest.raises(portexec.NotRunning):
@@ -740,19 +737,17 @@ async def test_inside_an_application_with_threads_and_a_running_loop() -> None:
             turns += 1
             await anyio.sleep(0.001)
 
-    def plain() -> str:
+    def plain() -> None:
         with portexec.serve(LIGHT) as server:
             assert get(server.url) == greeting(server)
-            return server.url
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(turn)
         await anyio.wait_all_tasks_blocked()
-        url = await anyio.to_thread.run_sync(plain)
+        await anyio.to_thread.run_sync(plain)
         before = turns
         async with portexec.serve(LIGHT) as server:
             assert turns > before
-            assert server.url != url
             before = turns
             await server.restart()
             assert turns > before
