@@ -12,9 +12,7 @@
 fd=N port=N         serves on this descriptor, on this number; each as often as you like. Else as LISTEN_FDS says, else on $PORT
 ignore              ignores TERM
 silent              serves nobody, ever
-broken              answers every GET with status 503
 if=FILE:WORD        WORD, or `exit=N`, if there is such a file
-make=FILE           makes this file when it serves
 
 It prints `serving PID` when it is about to serve, `waiting PID` where it never will. A datagram is answered as `/` is.
 """
@@ -76,8 +74,6 @@ def write(count: int) -> None:
 
 def answer(path: str) -> tuple[int, str]:
     what, _, argument = path.strip("/").partition("/")
-    if "broken" in words():
-        return 503, "broken"
     if what == "variable":
         return 200, os.environ.get(argument, "unset")
     if what == "place":
@@ -127,8 +123,6 @@ def main() -> None:
         while True:
             signal.pause()
     sockets = open_sockets()
-    for file in values("make"):
-        os.close(os.open(file, os.O_WRONLY | os.O_CREAT))
     say(f"serving {os.getpid()}")
     while True:
         for ready in select.select(sockets, [], [])[0]:
