@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from portexec import sockets
@@ -12,7 +13,8 @@ from portexec.spec import parse_listen
 class GuardedSocket(socket.socket):
     """A listening `socket.socket` whose number nobody else can have for as long as it is open.
 
-    It owns the guard, and gives it back when it is closed (or collected). `detach` gives up the guard's protection.
+    It owns the guard, and gives it back when it is closed (or collected). `detach` gives up the guard's protection. What takes
+    a `socket.socket` only and nothing derived from it, as trio and multiprocessing do, gets a `dup`.
     """
 
     def __init__(self, bound: sockets.Bound) -> None:
@@ -21,6 +23,7 @@ class GuardedSocket(socket.socket):
         assert listener.socket is not None  # noqa: S101  # bound with listening=True
         super().__init__(fileno=listener.socket.detach())
         self._bound = bound
+        self._owner = os.getpid()
         self._url = listener.url
 
     @property
@@ -29,9 +32,19 @@ class GuardedSocket(socket.socket):
         return self._url
 
     def close(self) -> None:
-        """Close the socket and give back its number; a unix socket is removed from the file system."""
+        """Close the socket and give back its number; a unix socket is removed from the file system.
+
+        In a forked child only its copies are closed: all the rest is the parent's.
+        """
         super().close()
-        self._bound.close()
+        if os.getpid() == self._owner:
+            self._bound.close()
+        else:
+            self._bound.release_guards()
+
+    def dup(self) -> socket.socket:  # type: ignore[override]  # the guard has one owner
+        """A plain socket for the same listener, without the guard, which is there for as long as this one is open."""
+        return socket.fromfd(self.fileno(), self.family, self.type, self.proto)
 
     def detach(self) -> int:
         """Give the descriptor to the caller, and the guard back to the system."""
@@ -47,6 +60,8 @@ def listen(spec: str = "127.0.0.1:0", *, backlog: int = 0) -> GuardedSocket:
     `portexec --listen` takes, without a name: `127.0.0.1:0`, `3000,0`, `*:0`, `unix:PATH`; `backlog` 0 is the greatest.
     Blocking, close-on-exec, with TCP_NODELAY. Raises `UsageError` for a malformed spec, `ListenError` when none can be had.
     """
+    if not isinstance(backlog, int) or not 0 <= backlog <= sockets.MAX_BACKLOG:
+        raise UsageError(f"backlog={backlog!r} is not a number from 0 to {sockets.MAX_BACKLOG}", "0 is the greatest")
     if not isinstance(spec, str):
         raise UsageError(f"listen takes one spec as text, not {spec!r}", "call it once for each socket: listen('127.0.0.1:0')")
     try:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from portexec.supervision import Supervision
 
 SHELL = "/bin/sh"
-_MAX_BACKLOG = 2**31 - 1
 _MAX_FD = 2**20
 
 
@@ -32,7 +31,7 @@ class Request:
         self.given = environment.given()
         self.inherited = activation.inherited(self.given)
         self.specs = spec.parse_listen(chosen.listen or [spec.DEFAULT])
-        self.backlog = options.number(chosen.backlog, "--backlog", 0, _MAX_BACKLOG)
+        self.backlog = options.number(chosen.backlog, "--backlog", 0, sockets.MAX_BACKLOG)
         self.lowest_fd = self._lowest_fd()
         self.remap = handoff.parse_remap(chosen.remap, self.specs)
         self.extra = dict(_split_assignment(text) for text in chosen.env)

@@ -4,14 +4,16 @@ Nothing of the machinery runs in the caller's process, which may have threads an
 `portexec --control-fd` as any program is started (subprocess), and talks to it. When the caller dies, however that happens,
 the socket between them ends, and portexec stops the whole tree.
 
-One thread for each server follows what portexec and the command say. The waiting calls wait for it; for asyncio and trio
-they do so in a worker thread of anyio.
+One thread for each server starts portexec and follows what it and the command say. The waiting calls wait for it; for asyncio
+and trio they do so in a worker thread of anyio.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import select
 import socket
 import subprocess
@@ -31,8 +33,19 @@ T = TypeVar("T")
 OUTPUT_LIMIT = 1 << 16  # bytes of the command's output that are kept, the last ones
 
 _GRACE = 30.0  # seconds that portexec itself may take beyond what it was allowed, before it is killed
-# Not `-m`: that puts the current directory, which is the caller's to choose, in front of all modules.
-_PROGRAM = "import sys; sys.path[:1] = []; sys.path.append({!r}); from portexec.cli import main; sys.exit(main())"
+# This very portexec, and what it needs from where the caller has it. With `-I` and `-S` the path begins as that of the standard
+# library, so that no file of the caller's that is named like a module of it is in the way.
+_PROGRAM = """\
+import sys
+sys.path.insert(0, {!r})
+import portexec
+sys.path[:1] = []
+sys.path += {!r}
+from portexec.cli import main
+sys.exit(main())
+"""
+_FIRST_FREE_FD = 3
+_LONGEST = 10**9  # seconds; no wait of Python's can be very much longer
 
 
 class Exited(PortexecError):
@@ -143,7 +156,7 @@ class AsyncServer(_View):
 
     async def stop(self) -> None:
         """Stop the whole tree: TERM, and KILL after `kill_after`. Returns when nothing is left. Once more does nothing."""
-        await _shielded(self._run.stop)
+        await _to_the_end(self._run.stop)
 
     async def restart(self) -> None:
         """Stop the whole tree and start the command again on the same number, which stays guarded; wait until it is ready.
@@ -158,8 +171,15 @@ class Serving:
 
     def __init__(self, run: _Run) -> None:
         self._run = run
+        self._was_entered = False
+
+    def _claim(self) -> None:
+        if self._was_entered:
+            raise AlreadyEntered("this server was started before", "call serve again for another one")
+        self._was_entered = True
 
     def __enter__(self) -> Server:
+        self._claim()
         try:
             self._run.start()
             self._run.wait_until_ready()
@@ -172,18 +192,19 @@ class Serving:
         self._run.stop()
 
     async def __aenter__(self) -> AsyncServer:
+        self._claim()
         try:
             self._run.start()
             await _in_thread(self._run.wait_until_ready)
         except BaseException:
-            await _shielded(self._run.stop)
+            await _to_the_end(self._run.stop)
             raise
         return AsyncServer(self._run)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await _shielded(self._run.stop)
+        await _to_the_end(self._run.stop)
 
 
 def serve(
@@ -202,49 +223,75 @@ def serve(
 
     `command`: its words; templates (`{port}`, `{url}`, `{fd}`) are replaced. `listen`: listen specs, by name if it is a
     mapping; default `127.0.0.1:0`. `hand_off`: auto, fd, guard or hold. `env`: variables on top of ours, with templates; None
-    removes one. `env_file`: dotenv files. `ready`: what counts as ready (listen, accept, http:PATH, notify, none); the default
-    is exact for the hand-off. `ready_timeout`, `kill_after`: seconds. `cwd`: the command's working directory.
+    removes one. `env_file`: dotenv files, found from the caller's directory. `ready`: what counts as ready (listen, accept,
+    http:PATH, notify, none); the default is exact for the hand-off. `ready_timeout`, `kill_after`: seconds. `cwd`: the
+    command's working directory, in which a relative `unix:PATH` is.
 
     The block owns the server: leaving it stops the whole tree. The command's standard input is empty, and it runs in a session
     of its own, so Ctrl-C reaches the caller only.
 
-    Entering raises `CommandNotFound`, `CannotExecute`, `ListenError`, `UsageError` (`CommandNotAList`, `UnknownHandOff`,
-    `UnknownReady`); `NotReady` when the time is over and
+    Raises `UsageError` (`CommandNotAList`) at once for an argument that cannot be meant. Entering raises `CommandNotFound`,
+    `CannotExecute`, `ListenError`, `UsageError` (`UnknownHandOff`, `UnknownReady`); `NotReady` when the time is over and
     `Exited` when the command ends first, both with the last `output`; `AlreadyEntered` the second time.
     """
-    words = _words(command)
     options = [word for spec in _specs(listen) for word in ("--listen", spec)]
-    options += ["--hand-off", hand_off, "--ready-timeout", f"{ready_timeout:f}s", "--kill-after", f"{kill_after:f}s"]
-    options += ["--ready", ready] if ready is not None else []
+    options += ["--hand-off", _text("hand_off", hand_off)]
+    options += ["--ready", _text("ready", ready)] if ready is not None else []
+    options += ["--ready-timeout", _duration("ready_timeout", ready_timeout)]
+    options += ["--kill-after", _duration("kill_after", kill_after)]
     files = [env_file] if isinstance(env_file, (str, os.PathLike)) else env_file
-    options += [word for file in files for word in ("--env-file", os.fspath(file))]
+    options += [word for file in files for word in ("--env-file", os.path.abspath(_text("env_file", file)))]
     ours = dict(os.environ)
     for name, value in (env or {}).items():
         if value is None:
             ours.pop(name, None)
         else:
-            options += ["--env", f"{name}={value}"]
-    return Serving(_Run([*options, "--", *words], ours, cwd, kill_after))
+            options += ["--env", f"{_variable(name)}={_text('env', value)}"]
+    place = None if cwd is None else _text("cwd", cwd)
+    return Serving(_Run([*options, "--", *_words(command)], ours, place, kill_after))
 
 
 def _words(command: Sequence[str | os.PathLike[str]]) -> list[str]:
-    if isinstance(command, (str, bytes)):
-        raise CommandNotAList(f"the command is one text, {command!r}", "write a list of its words: ['npm', 'start']")
-    words = [os.fspath(word) if isinstance(word, (str, os.PathLike)) else word for word in command]
-    for word in words:
-        if not isinstance(word, str):
-            raise UsageError(f"{word!r} in the command is no text", "every word is a text; write str(...) around it")
-        if "\0" in word:
-            raise UsageError(f"{word!r} in the command has a NUL character", "no command can be given one")
+    if isinstance(command, (str, bytes, os.PathLike)):
+        raise CommandNotAList(f"command={command!r} is no list", "write a list of its words: ['npm', 'start']")
+    words = [_text("command", word) for word in command]
     if not words:
-        raise UsageError("the command is empty", "write a list of its words: ['npm', 'start']")
+        raise UsageError("command=[] is empty", "write a list of its words: ['npm', 'start']")
     return words
 
 
 def _specs(listen: str | Sequence[str] | Mapping[str, str]) -> list[str]:
     if isinstance(listen, Mapping):
-        return [f"{name}={spec}" for name, spec in listen.items()]
-    return [listen] if isinstance(listen, str) else list(listen)
+        return [f"{_text('listen', name)}={_text('listen', spec)}" for name, spec in listen.items()]
+    return [_text("listen", spec) for spec in ([listen] if isinstance(listen, (str, int)) else listen)]
+
+
+def _text(argument: str, value: object) -> str:
+    """What an argument, or one of its parts, is for portexec's command line. Raises UsageError when it cannot be there."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise UsageError(f"{argument}: {value!r} is no text", "write it in quotes, or str(...) around it")
+    if "\0" in text:
+        raise UsageError(f"{argument}: {value!r} has a NUL character", "no program can be given one; leave it out")
+    return text
+
+
+def _variable(name: str) -> str:
+    if not name or "=" in _text("env", name):
+        raise UsageError(f"env: {name!r} cannot be the name of a variable", "write it as {'NAME': 'value'}, without `=`")
+    return name
+
+
+def _duration(argument: str, seconds: float) -> str:
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds <= _LONGEST:
+        raise UsageError(f"{argument}={seconds!r} is no number of seconds", f"write one from 0 to {_LONGEST}")
+    return f"{seconds:f}s"
+
+
+def _in_python(text: str) -> str:
+    """What portexec says of its options, said of the arguments that they were made from."""
+    names = {name.replace("_", "-"): name for name in serve.__annotations__}
+    return re.sub("--([a-z-]+)", lambda found: names.get(found[1], found[0]), text)
 
 
 class _Run:
@@ -254,7 +301,7 @@ class _Run:
         self,
         arguments: list[str],
         environment: dict[str, str],
-        cwd: str | os.PathLike[str] | None,
+        cwd: str | None,
         kill_after: float,
     ) -> None:
         self.arguments = arguments
@@ -265,12 +312,13 @@ class _Run:
         self.pid = 0
         self.returncode: int | None = None
         self._changed = threading.Condition()
+        self._restarting = threading.Lock()
         self._output = bytearray()
         self._times_ready = 0
         self._failure: PortexecError | None = None
+        self._thread = threading.Thread(target=self._live, name="portexec", daemon=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._was_entered = False
         self._was_stopped = False
         self._is_end_expected = False  # somebody waits for it
         self._is_over = False
@@ -285,41 +333,56 @@ class _Run:
             return self._output.decode(errors="replace")
 
     def start(self) -> None:
-        """Start portexec, and the thread that follows it. Raises PortexecError."""
-        if self._was_entered:
-            raise AlreadyEntered("this server was started before", "call serve again for another one")
-        self._was_entered = True
-        self._control, theirs = socket.socketpair()
-        out, in_ = os.pipe()
-        _open_runs.add(self)
+        """Start the thread that does the rest. Raises PortexecError."""
+        _runs.add(self)
         try:
-            self._process = self._popen(theirs.fileno(), in_)
-        except (OSError, ValueError) as error:
-            os.close(out)
-            self._control.close()
-            raise self._cannot_start(error) from error
+            self._thread.start()
+        except RuntimeError as error:
+            raise PortexecError(f"cannot start portexec: {error}") from error
+
+    def _live(self) -> None:
+        """The thread: start portexec, and take what it and the command say until both have ended."""
+        try:
+            with self._changed:
+                self._control, theirs = socket.socketpair()
+            with theirs:
+                if self._was_stopped:
+                    return
+                self._process = self._popen(theirs)
+            with self._process as process:
+                self._follow(self._control, process)
+        except OSError as error:
+            self._failure = self._cannot_start(error)
         finally:
-            theirs.close()
-            os.close(in_)
-        threading.Thread(target=self._follow, args=(self._control, out), name="portexec", daemon=True).start()
+            with self._changed:
+                if self._control is not None:
+                    self._control.close()
+                self._is_over = True
+                self._changed.notify_all()
 
-    def _popen(self, control: int, output: int) -> subprocess.Popen[bytes]:
-        location = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        return subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM.format(location), "--control-fd", str(control), *self.arguments],
-            env=self.environment,
-            cwd=self.cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=(control,),
-            start_new_session=True,
-        )
+    def _popen(self, control: socket.socket) -> subprocess.Popen[bytes]:
+        home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        program = _PROGRAM.format(home, [os.path.abspath(place) for place in sys.path if place])
+        # Where the caller has closed its standard streams, the socket can be one of those that Popen makes anew.
+        fd = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", program, "--control-fd", str(fd), *self.arguments],
+                env=self.environment,
+                cwd=self.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(fd,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(fd)
 
-    def _cannot_start(self, error: OSError | ValueError) -> PortexecError:
-        if isinstance(error, OSError) and self.cwd is not None and not os.path.isdir(self.cwd):
-            return UsageError(f"cannot run in {os.fspath(self.cwd)}: {reason(error)}", "cwd has to be a directory that exists")
-        return PortexecError(f"cannot start portexec: {reason(error) if isinstance(error, OSError) else error}")
+    def _cannot_start(self, error: OSError) -> PortexecError:
+        if self.cwd is not None and not os.path.isdir(self.cwd):
+            return UsageError(f"cannot run in {self.cwd}: {reason(error)}", "cwd has to be a directory that exists")
+        return PortexecError(f"cannot start portexec: {reason(error)}")
 
     def wait_until_ready(self, times: int = 1) -> None:
         """Wait until the command has been ready so many times. Raises what prevents it."""
@@ -366,30 +429,33 @@ class _Run:
 
     def stop(self) -> None:
         """Stop everything, unless that was done."""
-        if self._process is None:
-            return
+        if self._thread.ident is None:
+            return  # it could not be started
         with self._changed:
             self._was_stopped = self._was_stopped or not self._is_over
             self._ask("stop")
             is_over = self._changed.wait_for(lambda: self._is_over, 2 * self.kill_after + _GRACE)
-        if not is_over:
-            self._process.kill()
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_over)
+            if not is_over and self._process is not None:
+                self._process.kill()
+            self._changed.wait_for(lambda: self._is_over)
 
     def restart(self) -> None:
-        """Stop the tree, start the command again, and wait until it is ready."""
-        with self._changed:
-            if self._is_over or self._was_stopped:
-                raise NotRunning(f"the server is not running any more: {self.how_it_ended()}", "start another one with serve")
-            times = self._times_ready + 1
-            self._is_end_expected = True
-            self._ask("restart")
-        self.wait_until_ready(times)
-        self._is_end_expected = False
+        """Stop the tree, start the command again, and wait until it is ready. One restart after the other."""
+        with self._restarting:
+            with self._changed:
+                if self._is_over or self._was_stopped:
+                    raise NotRunning("the server is not running any more", "start another one with serve")
+                times = self._times_ready + 1
+                self._is_end_expected = True
+                self._ask("restart")
+            self.wait_until_ready(times)
+            self._is_end_expected = False
 
     def forget(self) -> None:
-        """Close our end in a forked child, whose life is not to keep the server running."""
+        """In a forked child: have no part in the server any more, which is the parent's, as are thread and locks."""
+        self._changed = threading.Condition()
+        self._restarting = threading.Lock()
+        self._is_over = True
         if self._control is not None:
             self._control.close()
 
@@ -400,27 +466,27 @@ class _Run:
         except OSError:
             pass  # it has ended already
 
-    def _follow(self, control: socket.socket, output: int) -> None:
-        """The thread: take what portexec and the command say until both have ended."""
+    def _follow(self, control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None  # noqa: S101  # it is a pipe
+        output = process.stdout.fileno()
         lines = b""
         poll = select.poll()
-        poll.register(control, select.POLLIN)
-        poll.register(output, select.POLLIN)
-        is_open = {control.fileno(): True, output: True}
-        while any(is_open.values()):
+        # In this order: when the end of the command is told, all that it wrote is there already.
+        is_open = [output, control.fileno()]
+        for fd in is_open:
+            poll.register(fd, select.POLLIN)
+        while is_open:
             for fd, _ in poll.poll():
                 data = _read(fd)
                 if not data:
                     poll.unregister(fd)
-                    is_open[fd] = False
+                    is_open.remove(fd)
                 elif fd == output:
                     self._take_output(data)
                 else:
                     *whole, lines = (lines + data).split(b"\n")
                     for line in whole:
                         self._take_event(json.loads(line))
-        os.close(output)
-        self._end(control)
 
     def _take_output(self, data: bytes) -> None:
         with self._changed:
@@ -431,27 +497,25 @@ class _Run:
         with self._changed:
             kind = event["event"]
             if kind in ("bound", "ready"):
-                fields = [{name: value for name, value in each.items() if name != "fd"} for each in event["listeners"]]
-                self.listeners = {each["name"]: Listener(**each) for each in fields}
-            if kind in ("started", "ready"):
+                self.listeners = {each["name"]: self._listener(each) for each in event["listeners"]}
+            if kind == "started":
                 self.pid = event["pid"]
-            if kind == "ready":
                 self.returncode = None
+            elif kind == "ready":
                 self._times_ready += 1
             elif kind == "ended":
                 self.returncode = os.waitstatus_to_exitcode(event["status"])
             elif kind == "error":
-                self._failure = getattr(errors, event["kind"])(event["message"], event["hint"])
+                self._failure = getattr(errors, event["kind"])(_in_python(event["message"]), _in_python(event["hint"]))
             self._changed.notify_all()
 
-    def _end(self, control: socket.socket) -> None:
-        assert self._process is not None  # noqa: S101  # this thread is started after it
-        self._process.wait()
-        _open_runs.discard(self)
-        with self._changed:
-            control.close()
-            self._is_over = True
-            self._changed.notify_all()
+    def _listener(self, told: dict[str, Any]) -> Listener:
+        """As the caller can use it, whose directory may be another than the command's."""
+        told.pop("fd", None)
+        if self.cwd is not None and not told.get("path", "@").startswith("@"):
+            told["path"] = os.path.join(self.cwd, told["path"])
+            told["url"] = f"unix:{told['path']}"
+        return Listener(**told)
 
 
 def _read(fd: int) -> bytes:
@@ -468,18 +532,26 @@ async def _in_thread(call: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
 
 
-async def _shielded(call: Callable[[], None]) -> None:
-    """The same to its end, even if we are cancelled."""
+async def _to_the_end(call: Callable[[], None]) -> None:
+    """Make a blocking call that may be repeated, and return when it has, however often we are cancelled meanwhile."""
     import anyio
 
+    cancelled = None
     with anyio.CancelScope(shield=True):
-        await _in_thread(call)
+        while True:
+            try:
+                await _in_thread(call)
+                break
+            except anyio.get_cancelled_exc_class() as error:
+                cancelled = error  # by asyncio's Task.cancel(), which knows no shield
+    if cancelled is not None:
+        raise cancelled
 
 
-_open_runs: weakref.WeakSet[_Run] = weakref.WeakSet()
+_runs: weakref.WeakSet[_Run] = weakref.WeakSet()
 
 
-def _forget_all(runs: Iterable[_Run] = _open_runs) -> None:
+def _forget_all(runs: Iterable[_Run] = _runs) -> None:
     for run in list(runs):
         run.forget()
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LINUX = sys.platform == "linux"
 
+MAX_BACKLOG = 2**31 - 1  # what listen(2) takes; the kernel allows less
 IPPROTO_MPTCP = 262
 IP_FREEBIND = 15  # ip(7); the scrub works where the loopback interface is down, too
 _FIRST_FREE_FD = 3  # a closed standard stream stays closed: no socket of ours becomes descriptor 0, 1 or 2
@@ -217,7 +218,11 @@ def _listen_unix(path: str, backlog: int | None) -> tuple[_socket.socket, tuple[
     try:
         return socket, unix_sockets.listen(socket, path, backlog or _socket.SOMAXCONN)
     except OSError as error:
+        socket.close()
         raise _cannot_listen(f"unix:{path}", error) from error
+    except BaseException:
+        socket.close()
+        raise
 
 
 def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
