@@ -8,6 +8,8 @@
     program -> portexec   {"do": "restart"}                                           stop the tree, start it anew
                           {"do": "stop"}                                              so does the end of the socket
 
+A program whose words for the command line are nobody else's business sends them as its first line, a list (`words`).
+
 The end of the socket is the news that portexec has ended, and that nothing of the command is left.
 """
 
@@ -35,6 +37,16 @@ def tell(fd: int, event: str, **fields: object) -> None:
 def tell_error(fd: int, error: PortexecError) -> None:
     """Send an error, by the name of its class."""
     tell(fd, "error", kind=type(error).__name__, message=error.message, hint=error.hint)
+
+
+def words(fd: int) -> list[str]:
+    """The words of portexec's command line, where the program sends them as a first line: `ps` shows the others to everybody.
+
+    None at all when the program has gone.
+    """
+    with open(fd, "rb", buffering=0, closefd=False) as stream:  # which reads no byte more than the line
+        line = stream.readline()
+    return list(json.loads(line)) if line else []
 
 
 def receive(fd: int) -> list[str]:

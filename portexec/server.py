@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from portexec import errors
+from portexec import control, errors
 from portexec.errors import PortexecError, UsageError, reason
 
 T = TypeVar("T")
@@ -41,8 +41,9 @@ sys.path.insert(0, {!r})
 import portexec
 sys.path[:1] = []
 sys.path += {!r}
-from portexec.cli import main
-sys.exit(main())
+from portexec import cli, control
+fd = {}
+sys.exit(cli.main(["--control-fd", str(fd), *control.words(fd)]))
 """
 _FIRST_FREE_FD = 3
 _LONGEST = 10**9  # seconds; no wait of Python's can be very much longer
@@ -345,10 +346,11 @@ class _Run:
         try:
             with self._changed:
                 self._control, theirs = socket.socketpair()
-            with theirs:
+            with theirs, self._changed:
                 if self._was_stopped:
                     return
                 self._process = self._popen(theirs)
+                self._say(self.arguments)  # not in the words of the process, which everybody can see
             with self._process as process:
                 self._follow(self._control, process)
         except OSError as error:
@@ -360,14 +362,14 @@ class _Run:
                 self._is_over = True
                 self._changed.notify_all()
 
-    def _popen(self, control: socket.socket) -> subprocess.Popen[bytes]:
+    def _popen(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        program = _PROGRAM.format(home, [os.path.abspath(place) for place in sys.path if place])
+        places = [os.path.abspath(place) for place in sys.path if place]
         # Where the caller has closed its standard streams, the socket can be one of those that Popen makes anew.
-        fd = fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD)
+        fd = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD)
         try:
             return subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", program, "--control-fd", str(fd), *self.arguments],
+                [sys.executable, "-I", "-S", "-c", _PROGRAM.format(home, places, fd)],
                 env=self.environment,
                 cwd=self.cwd,
                 stdin=subprocess.DEVNULL,
@@ -433,7 +435,7 @@ class _Run:
             return  # it could not be started
         with self._changed:
             self._was_stopped = self._was_stopped or not self._is_over
-            self._ask("stop")
+            self._say({"do": control.STOP})
             is_over = self._changed.wait_for(lambda: self._is_over, 2 * self.kill_after + _GRACE)
             if not is_over and self._process is not None:
                 self._process.kill()
@@ -447,7 +449,7 @@ class _Run:
                     raise NotRunning("the server is not running any more", "start another one with serve")
                 times = self._times_ready + 1
                 self._is_end_expected = True
-                self._ask("restart")
+                self._say({"do": control.RESTART})
             self.wait_until_ready(times)
             self._is_end_expected = False
 
@@ -459,20 +461,20 @@ class _Run:
         if self._control is not None:
             self._control.close()
 
-    def _ask(self, request: str) -> None:
+    def _say(self, what: object) -> None:
         try:
             if self._control is not None:
-                self._control.sendall(json.dumps({"do": request}).encode() + b"\n")
+                self._control.sendall(json.dumps(what).encode() + b"\n")
         except OSError:
             pass  # it has ended already
 
-    def _follow(self, control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    def _follow(self, ours: socket.socket, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None  # noqa: S101  # it is a pipe
         output = process.stdout.fileno()
         lines = b""
         poll = select.poll()
         # In this order: when the end of the command is told, all that it wrote is there already.
-        is_open = [output, control.fileno()]
+        is_open = [output, ours.fileno()]
         for fd in is_open:
             poll.register(fd, select.POLLIN)
         while is_open:

@@ -70,7 +70,7 @@ ALLOWED = {
     "supervision": {"errors", "handoff", "options", "spec"},
     "control": {"errors"},
     "guarded": {"errors", "sockets", "spec"},
-    "server": {"errors"},
+    "server": {"control", "errors"},
     "pytest_plugin": {"server"},
     "explain": {"activation", "launch", "publish"},
     "supervisor": {"handoff", "sockets", "supervisor.run", "supervisor.signals", "supervisor.spawn"},

@@ -510,6 +510,15 @@ def test_the_portexec_that_was_imported_is_the_one_that_runs(tmp_path: Path) -> 
     assert int(run_caller(code, *LIGHT, env=os.environ | {"PYTHONPATH": str(tmp_path)}))
 
 
+def test_a_variable_is_seen_by_nobody_but_the_command(mark: str) -> None:
+    """Others may read the words of every process, and the environment of none."""
+    with portexec.serve(LIGHT, env={"TOKEN": "kept secret"}) as server:
+        assert ask(server, "variable/TOKEN") == "kept secret"
+        processes = marked(mark)
+        assert len(processes) >= 3  # portexec, the shim, the command
+        assert not any(b"kept secret" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes)
+
+
 def test_pythons_own_variables_do_not_disturb() -> None:
     code = SHOW.format(home=PACKAGE_HOME, options="")
     variables = {"PYTHONWARNINGS": "error", "PYTHONINSPECT": "1", "PYTHONOPTIMIZE": "2", "LC_ALL": "C"}
@@ -878,7 +887,7 @@ def test_a_portexec_that_is_killed_is_an_error_and_leaves_nothing(hand_off: str,
 def test_a_portexec_that_is_killed_while_the_server_starts(mark: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(portexec.serve([*LIGHT, "silent"]).__enter__)
-        wait_for(lambda: any("silent" in line and "--control-fd" in line for line in describe(marked(mark))))
+        wait_for(lambda: any("light.py silent" in line for line in describe(marked(mark))))
         pids = [pid for pid in marked(mark) if int(status_of(pid)["PPid"]) == os.getpid()]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
