@@ -103,6 +103,7 @@ def _factory(request: pytest.FixtureRequest, stash: pytest.Stash) -> Generator[F
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
     """Know which fixture starts a server; where none does, all who ask for the factory may have."""
+    __tracebackhide__ = True  # of fixtures that fail, with us or without
     fixtures = request.session.stash.setdefault(_FIXTURES, [_SESSION_FACTORY])
     fixtures.append(request.fixturename or "")
     try:

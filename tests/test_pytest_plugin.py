@@ -470,6 +470,20 @@ def test_it_costs_nothing_where_it_is_not_used(inner: Inner) -> None:
     assert inner.notes() == ["portexec.pytest_plugin", "portexec", "portexec.pytest_plugin"]
 
 
+def test_it_is_not_seen_where_it_is_not_used(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.fixture
+        def broken(): raise OSError("broken")
+
+        def test_error(broken): pass
+        def test_failure(): raise OSError("broken")
+        """
+    )
+    done.assert_outcomes(errors=1, failed=1)
+    assert sum("portexec" in line for line in done.outlines) == 1, "in the list of plugins"
+
+
 def test_the_fixtures_are_in_the_list(inner: Inner) -> None:
     done = inner.run("", "--fixtures")
     done.stdout.fnmatch_lines_random(
