@@ -133,11 +133,11 @@ def kill_one(process: subprocess.Popen[bytes], place: Path) -> float:
     return wait_until(lambda: not os.path.exists(f"/proc/{server}")) or float("nan")
 
 
-def wait_until(condition: Callable[[], bool]) -> float | None:
+def wait_until(condition: Callable[[], bool], patience: float = PATIENCE) -> float | None:
     """Ask until it is so. Returns the seconds that it took, or None when it never comes."""
     begin = time.monotonic()
     while not condition():
-        if time.monotonic() - begin > PATIENCE:
+        if time.monotonic() - begin > patience:
             return None
         time.sleep(0.002)
     return time.monotonic() - begin
