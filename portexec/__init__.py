@@ -58,14 +58,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        import importlib
+if not TYPE_CHECKING:  # else a checker takes every name for one of ours
 
-        for home in map(importlib.import_module, _HOMES):
-            if hasattr(home, name):
-                return getattr(home, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            import importlib
+
+            for home in map(importlib.import_module, _HOMES):
+                if hasattr(home, name):
+                    return getattr(home, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -3,15 +3,20 @@
 Both are factories: call them with what `portexec.serve` takes, and get a `portexec.Server`, which is stopped at the end of the
 test or of the session. With pytest-xdist every worker has its own.
 
-A failing test shows what its servers wrote, as report sections. When a server died during the test, that is the failure: the
-client's connection error, which would only hide it, becomes its cause.
+A failing test shows what its servers wrote, as report sections; what they write until they are stopped follows when the test is
+torn down. When a server died during the test, that is the failure: the client's connection error, which would only hide it,
+becomes its cause. A test that means its server to end says so by `server.wait()`.
+
+A server of the session belongs to the fixture that started it, and so to the tests that use this fixture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn
 
 import pytest
 
@@ -21,76 +26,192 @@ if TYPE_CHECKING:
 
     Factory = Callable[..., Server]
 
-_PATIENCE = 0.5  # seconds in which the news of a death must have come
-_SERVERS = pytest.StashKey["list[Server]"]()
+_PATIENCE = 0.5  # seconds in which the death of what the command runs, as npm does, must have become its own
+_CERTAINTY = 10.0  # seconds for the news of a death that has been seen
+_PF_EXITING = 0x4  # of the flags in /proc/PID/stat, proc_pid_stat(5): set before a process closes its sockets
+
+_SESSION_FACTORY = "portexec_session_server"
+
+_SERVERS = pytest.StashKey["list[_Watched]"]()  # of a test, or of the session
+_FIXTURES = pytest.StashKey["list[str]"]()  # that are being set up, the innermost last
+
+
+class _Watched:
+    """A server, the fixture that started it, and what has been told of it."""
+
+    def __init__(self, server: Server, fixture: str) -> None:
+        self.server = server
+        self.fixture = fixture
+        self.is_death_told = False
+        self.shown: str | None = None  # of its output, in a report of this test
+        self._death: Exited | None = None
+
+    def death(self, failure: pytest.ExceptionInfo[BaseException] | None = None) -> Exited | None:
+        """How it died by itself, if it did; with this failure as a possible sign of it."""
+        if self._death is None:
+            self._death = self.server.died(self._patience(failure))
+            if self._death is not None:
+                self._death.output = ""  # it has a section of its own
+                self.server.stop()  # returns when all that it wrote has been read
+        return self._death
+
+    def _patience(self, failure: pytest.ExceptionInfo[BaseException] | None) -> float:
+        """How long the news of a death may take to come."""
+        if _is_ending(self.server.pid):
+            return _CERTAINTY
+        # A wrong answer is no sign of a death; other errors may be the first sign that something below the command died.
+        if failure is None or failure.errisinstance((AssertionError, pytest.skip.Exception)):
+            return 0.0
+        return _PATIENCE
+
+    def title(self) -> str:
+        """Of a section with its output."""
+        returncode = self.server.returncode
+        ended = "" if returncode is None else f", returncode {returncode}"
+        return f"portexec: {self.server.url}, pid {self.server.pid}{ended}"
 
 
 @pytest.fixture
 def portexec_server(request: pytest.FixtureRequest) -> Generator[Factory, None, None]:
     """A function that starts a server for this test: `portexec_server(["npm", "start"])` takes what `portexec.serve` takes."""
-    yield from _factory(request.node)
+    yield from _factory(request, request.node.stash)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", name=_SESSION_FACTORY)
 def portexec_session_server(request: pytest.FixtureRequest) -> Generator[Factory, None, None]:
     """The same for the session: use it in a session fixture of your own, which returns the server."""
-    yield from _factory(request.session)
+    yield from _factory(request, request.session.stash)
 
 
-def _factory(owner: pytest.Item | pytest.Session) -> Generator[Factory, None, None]:
+def _factory(request: pytest.FixtureRequest, stash: pytest.Stash) -> Generator[Factory, None, None]:
     from portexec.server import serve
 
-    servers = owner.stash.setdefault(_SERVERS, [])
+    watched = stash.setdefault(_SERVERS, [])
+    fixtures = request.session.stash[_FIXTURES]
     with ExitStack() as stack:
 
         def start(command: Any, **options: Any) -> Server:
             server = stack.enter_context(serve(command, **options))
-            servers.append(server)
+            watched.append(_Watched(server, fixtures[-1]))
             return server
 
         yield start
+        for each in watched:
+            each.death()  # which cannot be told from our doing once they are stopped
 
 
-def _servers_of(item: pytest.Item) -> list[Server]:
-    """Those of the test, and those of the session that it asked for, directly or by another fixture."""
-    own = item.stash.get(_SERVERS, [])
-    asks_for_session = "portexec_session_server" in getattr(item, "fixturenames", ())
-    return [*own, *item.session.stash.get(_SERVERS, [])] if asks_for_session else own
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Let a test fail of the server that died under it."""
-    __tracebackhide__ = True
-    dead_before = [server for server in _servers_of(item) if server.died() is not None]
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
+    """Know which fixture starts a server; where none does, all who ask for the factory may have."""
+    __tracebackhide__ = True  # of fixtures that fail, with us or without
+    fixtures = request.session.stash.setdefault(_FIXTURES, [_SESSION_FACTORY])
+    fixtures.append(request.fixturename or "")
     try:
-        result = yield
-    except Exception as failure:
-        # A wrong answer is no sign of a death; anything else may be its first sign.
-        death = _death(item, dead_before, 0.0 if isinstance(failure, AssertionError) else _PATIENCE)
-        if death is None:
-            raise
-        raise death.with_traceback(failure.__traceback__) from failure
-    death = _death(item, dead_before, 0.0)
-    if death is not None:
-        raise death
-    return result
+        return (yield)
+    finally:
+        fixtures.pop()
 
 
-def _death(item: pytest.Item, dead_before: list[Server], patience: float) -> Exited | None:
-    """The death of a server during this test."""
-    for server in _servers_of(item):
-        if server not in dead_before and (death := server.died(patience)) is not None:
-            death.output = ""  # it has a section of its own
-            return death
-    return None
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin anew, also when a test is run again: what has died by now is no affair of this test."""
+    item.stash[_SERVERS] = []
+    for each in item.session.stash.get(_SERVERS, []):
+        each.is_death_told = each.death() is not None
+        each.shown = None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Add what the servers wrote to the report of a failure."""
+    """Let a test fail of the server that died under it, and show in the report of a failure what the servers wrote."""
     report = yield
+    watched = _servers_of(item)
+    deaths = _news(watched, call.excinfo)
+    if deaths and report.outcome != "skipped":
+        call.excinfo = _as_failure(deaths[0], call.excinfo, item)
+        report.outcome = "failed"
+        report.longrepr = item.repr_failure(call.excinfo)
     if report.failed:
-        for server in _servers_of(item):
-            report.sections.append((f"portexec: {server.url}, pid {server.pid}", server.output))
+        report.sections += [_section(each) for each in watched]
+    elif call.when == "teardown":
+        report.sections += [_rest(each) for each in watched if each.shown not in (None, each.server.output)]
     return report
+
+
+def _servers_of(item: pytest.Item) -> list[_Watched]:
+    """Those of the test, and those of the session that its fixtures started."""
+    # The request knows the fixtures that `getfixturevalue` added, too; only the item leads to it.
+    names = getattr(getattr(item, "_request", None), "fixturenames", ())
+    of_the_session = item.session.stash.get(_SERVERS, [])
+    return [*item.stash.get(_SERVERS, []), *(each for each in of_the_session if each.fixture in names)]
+
+
+def _news(watched: list[_Watched], failure: pytest.ExceptionInfo[BaseException] | None) -> list[Exited]:
+    """The deaths that have not been told yet. From now on they have."""
+    news = []
+    for each in watched:
+        if not each.is_death_told and (death := each.death(failure)) is not None:
+            each.is_death_told = True
+            news.append(death)
+    return news
+
+
+def _section(watched: _Watched) -> tuple[str, str]:
+    """What a server wrote, with its title."""
+    watched.shown = watched.server.output
+    return watched.title(), watched.shown
+
+
+def _rest(watched: _Watched) -> tuple[str, str]:
+    """What it wrote since. The terminal shows it with the failure because of the word in the title."""
+    return f"{watched.title()}, teardown", watched.server.output.removeprefix(watched.shown or "")
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a process is about to end, or has ended, as far as the kernel lets us know."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            # The second field is the program's name in parentheses, in which anything may stand.
+            return bool(int(stat.read().rpartition(b")")[2].split()[6]) & _PF_EXITING)
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _as_failure(
+    death: Exited, failure: pytest.ExceptionInfo[BaseException] | None, item: pytest.Item
+) -> pytest.ExceptionInfo[BaseException]:
+    """The death as a failure of the test, at the test's own line if there was a failure, which has the whole traceback."""
+    try:
+        _fail(death, failure.value if failure else None)
+    except type(death):
+        if failure:
+            death.__traceback__ = _own_line(failure.tb, str(item.path))
+        else:
+            assert death.__traceback__ is not None  # noqa: S101  # it was raised
+            death.__traceback__ = death.__traceback__.tb_next
+    return pytest.ExceptionInfo.from_exception(death)
+
+
+def _fail(death: Exited, cause: BaseException | None) -> NoReturn:
+    # The test itself did not fail: a server died during it.
+    raise death from cause
+
+
+def _own_line(traceback: TracebackType, path: str) -> TracebackType:
+    """The first line of a traceback that is in this file, else the last one."""
+    lines = list(_lines(traceback))
+    own = next((line for line in lines if line.tb_frame.f_code.co_filename == path), lines[-1])
+    return TracebackType(None, own.tb_frame, own.tb_lasti, own.tb_lineno)
+
+
+def _lines(traceback: TracebackType | None) -> Iterator[TracebackType]:
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next

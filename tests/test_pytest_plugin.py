@@ -1,0 +1,495 @@
+"""The pytest plugin, in a pytest of its own for every case: what its servers are, whom it blames, and what it leaves.
+
+The plugin is not named on any command line here: an installed portexec brings it along.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from textwrap import dedent
+
+import pytest
+
+from tests.support import DEADLINE, ROOT, child, wait_for
+
+pytest_plugins = ["pytester"]
+
+TWICE = 2 * DEADLINE
+NO_DEATH = "*Exited: the server ended by itself*"
+
+# Every test file begins with this. `note` leaves a line about a server, `say` one of any kind, for us to read afterwards.
+PROLOGUE = f"""
+import os, signal, time, unittest, urllib.request
+import pytest
+
+LIGHT = {child("light")!r}
+
+def say(text):
+    with open({{place!r}}, "a") as file:
+        file.write(f"{{{{text}}}}\\n")
+
+def note(server):
+    say(f"{{{{server.pid}}}} {{{{server.port}}}}")
+    return server
+
+def ask(server, path="/"):
+    with urllib.request.urlopen(server.url + path, timeout={DEADLINE}) as response:
+        return response.read().decode()
+
+def kill_and_see(server):
+    os.kill(server.pid, signal.SIGKILL)
+    while os.path.exists(f"/proc/{{{{server.pid}}}}/exe"):
+        time.sleep(0.001)
+"""
+
+
+class Inner:
+    """A pytest to be run on test files of ours."""
+
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+        self._notes = pytester.path / "notes"
+
+    def write(self, source: str, name: str = "test_it.py") -> None:
+        (self.pytester.path / name).write_text(PROLOGUE.format(place=str(self._notes)) + dedent(source))
+
+    def run(self, source: str, *options: str) -> pytest.RunResult:
+        self.write(source)
+        return self.pytester.runpytest_subprocess("-p", "no:cacheprovider", "--tb=short", *options, timeout=TWICE)
+
+    def notes(self) -> list[str]:
+        return self._notes.read_text().splitlines() if self._notes.exists() else []
+
+    def pids(self) -> list[int]:
+        return [int(line.split()[0]) for line in self.notes()]
+
+    def is_nothing_left(self) -> bool:
+        left = [pid for pid in self.pids() if os.path.exists(f"/proc/{pid}")]
+        assert not left, f"left running: {left}"
+        return True
+
+
+@pytest.fixture
+def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Inner:
+    """With nothing of the pytest that runs us in its environment."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    return Inner(pytester)
+
+
+# What the fixtures give.
+
+
+def test_each_test_has_servers_of_its_own(inner: Inner) -> None:
+    done = inner.run(
+        """
+        def test_two(portexec_server):
+            one, other = note(portexec_server(LIGHT)), note(portexec_server(LIGHT, env={"WHO": "other"}))
+            assert ask(one) == f"hello from {one.pid}"
+            assert ask(other, "/variable/WHO") == "other"
+
+        def test_one_more(portexec_server):
+            for line in open("notes"):
+                assert not os.path.exists(f"/proc/{line.split()[0]}"), "stopped at the end of the other test"
+            server = note(portexec_server(LIGHT))
+            assert ask(server) == f"hello from {server.pid}"
+        """
+    )
+    done.assert_outcomes(passed=2)
+    assert len(set(inner.pids())) == 3
+    assert len({line.split()[1] for line in inner.notes()[:2]}) == 2
+    assert inner.is_nothing_left()
+
+
+def test_the_session_shares_one(inner: Inner) -> None:
+    inner.write("def test_elsewhere(site): note(site); assert ask(site)", "test_another.py")
+    inner.write(
+        """
+        @pytest.fixture(scope="session")
+        def site(portexec_session_server):
+            return portexec_session_server(LIGHT)
+        """,
+        "conftest.py",
+    )
+    done = inner.run(
+        """
+        def test_first(site): note(site); assert ask(site)
+        def test_second(site): note(site); assert ask(site)
+        """
+    )
+    done.assert_outcomes(passed=3)
+    assert len(inner.pids()) == 3
+    assert len(set(inner.pids())) == 1
+    assert inner.is_nothing_left()
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_output(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.fixture
+        def site(portexec_server):
+            return portexec_server(["sh", "-c", "echo no database; exit 3"])
+
+        def test_site(site): pass
+        def test_word(portexec_server): portexec_server("npm start")
+        """
+    )
+    done.assert_outcomes(errors=1, failed=1)
+    done.stdout.fnmatch_lines(["*Exited: the command ended before it was ready: exit status 3", "*no database"])
+    done.stdout.fnmatch_lines(["*CommandNotAList: the command is one text, 'npm start'", "*hint: write a list*"])
+
+
+# What a failure shows.
+
+
+def test_a_failure_shows_what_the_servers_wrote(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.fixture(scope="session")
+        def site(portexec_session_server):
+            return portexec_session_server(["sh", "-c", "echo of the session; exec " + " ".join(LIGHT)])
+
+        def test_good(portexec_server):
+            ask(portexec_server(["sh", "-c", "echo of a good test; exec " + " ".join(LIGHT)]))
+
+        def test_bad(site, portexec_server):
+            server = note(portexec_server(["sh", "-c", "echo of a bad test; exec " + " ".join(LIGHT)]))
+            assert ask(server, "/status/200") == "201"
+        """
+    )
+    done.assert_outcomes(passed=1, failed=1)
+    [noted] = inner.notes()
+    pid, port = noted.split()
+    done.stdout.fnmatch_lines(["*AssertionError*", f"*portexec: http://127.0.0.1:{port}, pid {pid} *", "of a bad test"])
+    done.stdout.fnmatch_lines(["*portexec: http*", "of the session"])
+    done.stdout.no_fnmatch_line("of a good test")
+    done.stdout.no_fnmatch_line(NO_DEATH)
+
+
+def test_what_comes_after_the_failure_is_shown_too(inner: Inner) -> None:
+    done = inner.run(
+        """
+        def test_bad(portexec_server):
+            words = "trap 'echo last words; kill $!; exit' TERM; " + " ".join(LIGHT) + " & wait"
+            assert ask(portexec_server(["sh", "-c", words])) == "good bye"
+        """
+    )
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*portexec: http*", "serving *", "*portexec: http*, teardown*", "last words"])
+
+
+# A server that died is the failure.
+
+DIES = """
+def test_it(portexec_server):
+    ask(portexec_server(LIGHT), {path!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "how"),
+    [("/exit/3", "exit status 3"), ("/exit/0", "exit status 0"), ("/kill/9", "killed by signal 9")],
+    ids=["exit", "success", "kill"],
+)
+def test_a_death_is_the_failure_and_the_clients_error_its_cause(inner: Inner, path: str, how: str) -> None:
+    done = inner.run(DIES.format(path=path))
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(
+        [
+            "*RemoteDisconnected: Remote end closed connection without response",
+            "The above exception was the direct cause of the following exception:",
+            f"E *portexec.server.Exited: the server ended by itself: {how}",
+            "*portexec: http*, returncode *",
+            "serving *",
+            "FAILED test_it.py::test_it - portexec.server.Exited:*",
+        ]
+    )
+
+
+def test_the_last_words_of_the_dead_are_complete(inner: Inner) -> None:
+    done = inner.run(DIES.format(path="/burst/30000"))
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*the server ended by itself: exit status 7", "written"])
+    assert sum(line == "x" * 99 for line in done.outlines) == 300
+
+
+DYING = {
+    "in a fixture": """
+        @pytest.fixture
+        def site(portexec_server):
+            site = portexec_server(LIGHT)
+            ask(site, "/exit/3")
+            return site
+
+        def test_it(site): pass
+        """,
+    "after yield": """
+        @pytest.fixture
+        def site(portexec_server):
+            yield (site := portexec_server(LIGHT))
+            ask(site, "/exit/3")
+
+        def test_it(site): pass
+        """,
+    "in a TestCase": """
+        class Test(unittest.TestCase):
+            @pytest.fixture(autouse=True)
+            def _start(self, portexec_server):
+                self.site = portexec_server(LIGHT)
+
+            def test_it(self):
+                ask(self.site, "/exit/3")
+        """,
+    "with pytest.fail": """
+        def test_it(portexec_server):
+            try:
+                ask(portexec_server(LIGHT), "/exit/3")
+            except OSError:
+                pytest.fail("it does not answer")
+        """,
+    "with a wrong answer": """
+        def test_it(portexec_server):
+            site = portexec_server(LIGHT)
+            with pytest.raises(OSError):
+                ask(site, "/exit/3")
+            assert site.url == ""
+        """,
+    "unnoticed": """
+        def test_it(portexec_server):
+            kill_and_see(portexec_server(LIGHT))
+        """,
+    "below the command": """
+        def test_it(portexec_server):
+            ask(portexec_server(["sh", "-c", " ".join(LIGHT) + "; exit 4"]), "/exit/3")
+        """,
+    "of the session": """
+        @pytest.fixture(scope="session")
+        def site(portexec_session_server):
+            return portexec_session_server(LIGHT)
+
+        def test_it(site):
+            ask(site, "/exit/3")
+        """,
+    "asked for by name": """
+        @pytest.fixture(scope="session")
+        def site(portexec_session_server):
+            return portexec_session_server(LIGHT)
+
+        def test_it(request):
+            ask(request.getfixturevalue("site"), "/exit/3")
+        """,
+    "from the factory": """
+        def test_it(portexec_session_server):
+            ask(portexec_session_server(LIGHT), "/exit/3")
+        """,
+}
+
+
+@pytest.mark.parametrize("source", DYING.values(), ids=DYING)
+def test_a_death_is_the_failure_wherever_it_shows(inner: Inner, source: str) -> None:
+    done = inner.run(source)
+    outcomes = done.parseoutcomes()
+    assert outcomes.get("failed", 0) + outcomes.get("errors", 0) + outcomes.get("error", 0) == 1
+    done.stdout.fnmatch_lines(["E *portexec.server.Exited: the server ended by itself: *", "*portexec: http*, returncode *"])
+    assert sum("Exited: the server ended" in line and line.startswith("E ") for line in done.outlines) == 1
+
+
+# Nobody is blamed who is not to blame.
+
+
+def test_what_the_test_says_itself_stands(inner: Inner) -> None:
+    done = inner.run(
+        """
+        def test_skips(portexec_server):
+            kill_and_see(portexec_server(LIGHT))
+            pytest.skip("not here")
+
+        @pytest.mark.xfail
+        def test_fails_as_expected(portexec_server):
+            ask(portexec_server(LIGHT), "/kill/9")
+
+        def test_expects_the_end(portexec_server):
+            site = portexec_server(LIGHT)
+            with pytest.raises(OSError):
+                ask(site, "/exit/3")
+            assert site.wait() == 3
+
+        def test_stops_it(portexec_server):
+            site = portexec_server(LIGHT)
+            site.stop()
+            with pytest.raises(OSError):
+                ask(site)
+
+        def test_raises_while_it_lives(portexec_server):
+            site = portexec_server(LIGHT)
+            raise OSError("something else")
+        """
+    )
+    done.assert_outcomes(skipped=1, xfailed=1, passed=2, failed=1)
+    done.stdout.fnmatch_lines(["E *OSError: something else"])
+    done.stdout.no_fnmatch_line(NO_DEATH)
+
+
+def test_a_death_is_told_once_and_of_the_test_that_saw_it(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.fixture(scope="session")
+        def site(portexec_session_server):
+            return portexec_session_server(LIGHT)
+
+        def test_before(site): ask(site)
+        def test_kills(site): ask(site, "/kill/9")
+        def test_after(site): ask(site)
+        def test_needs_none(): pass
+        def test_does_not_ask(site): pass
+        def test_own(portexec_server): ask(portexec_server(LIGHT))
+        """
+    )
+    done.assert_outcomes(passed=4, failed=2)
+    done.stdout.fnmatch_lines(
+        [
+            "FAILED test_it.py::test_kills - portexec.server.Exited: *",
+            "FAILED test_it.py::test_after - urllib.error.URLError: *",
+        ]
+    )
+    # That it was dead before is seen in the report of the one that could not know.
+    assert sum(line.startswith("---") and ", returncode -9 ---" in line for line in done.outlines) == 2
+
+
+def test_a_death_is_not_told_of_tests_that_use_another_server(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.fixture(scope="session")
+        def api(portexec_session_server):
+            return portexec_session_server(LIGHT)
+
+        @pytest.fixture(scope="session")
+        def database(portexec_session_server):
+            return portexec_session_server(LIGHT)
+
+        PID = []
+
+        def test_both(api, database):
+            PID.append(database.pid)
+
+        def test_api(api):
+            os.kill(PID[0], signal.SIGKILL)
+            while os.path.exists(f"/proc/{PID[0]}"):
+                time.sleep(0.001)
+            ask(api)
+
+        def test_database(database):
+            with pytest.raises(OSError):
+                ask(database)
+        """
+    )
+    done.assert_outcomes(passed=3)
+
+
+# With pytest-xdist, and at the end.
+
+
+def test_every_worker_has_its_own(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.fixture(scope="session")
+        def site(portexec_session_server):
+            return portexec_session_server(LIGHT)
+
+        @pytest.mark.parametrize("number", range(8))
+        def test_site(site, number):
+            say(f"{site.pid} {os.environ['PYTEST_XDIST_WORKER']}")
+            assert ask(site) == f"hello from {site.pid}"
+
+        def test_bad(site):
+            ask(site, "/kill/9")
+        """,
+        "-n2",
+        "--dist=each",
+    )
+    done.assert_outcomes(passed=16, failed=2)
+    assert len(set(inner.notes())) == len(set(inner.pids())) == 2
+    done.stdout.fnmatch_lines(["E *Exited: the server ended by itself: killed by signal 9", "*portexec: http*", "serving *"])
+    assert inner.is_nothing_left()
+
+
+def test_many_workers_with_a_server_for_each_test_and_one_worker_killed() -> None:
+    words = [sys.executable, str(ROOT / "scripts" / "bench_pytest.py"), "--tests", "40", "--workers", "8", *child("light")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=4 * DEADLINE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_nothing_is_left_when_pytest_is(inner: Inner, number: signal.Signals) -> None:
+    inner.write(
+        """
+        @pytest.fixture(scope="session")
+        def site(portexec_session_server):
+            return note(portexec_session_server(LIGHT))
+
+        def test_site(site, portexec_server):
+            server = note(portexec_server(["sh", "-c", " ".join(LIGHT) + " & wait"]))
+            say(ask(server).split()[-1])
+            say(os.getpid())
+            signal.pause()
+        """
+    )
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"]
+    with subprocess.Popen(words, cwd=inner.pytester.path, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: len(inner.notes()) == 4)
+            process.send_signal(number)
+            process.wait(DEADLINE)
+        finally:
+            process.kill()
+    assert process.returncode in (-signal.SIGKILL, pytest.ExitCode.INTERRUPTED)
+    assert wait_for(inner.is_nothing_left)
+
+
+# What it costs.
+
+
+def test_it_costs_nothing_where_it_is_not_used(inner: Inner) -> None:
+    inner.write(
+        """
+        import sys
+
+        def pytest_unconfigure(config):
+            say(config.pluginmanager.get_plugin("portexec").__name__)
+            for name in sorted(sys.modules):
+                if name.startswith("portexec") or name in ("anyio", "dotenv"):
+                    say(name)
+        """,
+        "conftest.py",
+    )
+    # anyio has a pytest plugin itself, which is there wherever anyio is.
+    inner.run("def test_nothing(): pass", "-p", "no:anyio").assert_outcomes(passed=1)
+    assert inner.notes() == ["portexec.pytest_plugin", "portexec", "portexec.pytest_plugin"]
+
+
+def test_it_is_not_seen_where_it_is_not_used(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.fixture
+        def broken(): raise OSError("broken")
+
+        def test_error(broken): pass
+        def test_failure(): raise OSError("broken")
+        """
+    )
+    done.assert_outcomes(errors=1, failed=1)
+    assert sum("portexec" in line for line in done.outlines) == 1, "in the list of plugins"
+
+
+def test_the_fixtures_are_in_the_list(inner: Inner) -> None:
+    done = inner.run("", "--fixtures")
+    done.stdout.fnmatch_lines_random(
+        [
+            "portexec_server -- *",
+            "portexec_session_server [[]session scope[]] -- *",
+            "    A function that starts a server for this test: *",
+        ]
+    )
