@@ -139,7 +139,7 @@ def test_a_server_that_does_not_start_is_an_error_with_its_output(inner: Inner) 
     )
     done.assert_outcomes(errors=1, failed=1)
     done.stdout.fnmatch_lines(["*Exited: the command ended before it was ready: exit status 3", "*no database"])
-    done.stdout.fnmatch_lines(["*CommandNotAList: the command is one text, 'npm start'", "*hint: write a list*"])
+    done.stdout.fnmatch_lines(["*CommandNotAList: command='npm start' is no list", "*hint: write a list*"])
 
 
 # What a failure shows.
