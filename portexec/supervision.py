@@ -104,7 +104,7 @@ class Supervision:
 
 
 def _parse_then(text: str | None) -> str:
-    if text is not None and not text.strip():
+    if text is not None and text.strip() in ("", "--"):
         raise UsageError("--then has an empty command", "write what is to run when the server is ready: --then 'npm test'")
     return text or ""
 
