@@ -66,7 +66,7 @@ REFUSED = [
     (["--restart", "on_failure"], "--restart 'on_failure' is not known", RESTART_HINT),
     *(
         (["--then", text], "--then has an empty command", "write what is to run when the server is ready: --then 'npm test'")
-        for text in ("", " ", "\t\n")
+        for text in ("", " ", "\t\n", "--")
     ),
     (
         ["--lazy", "-H", "guard"],
