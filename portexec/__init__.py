@@ -7,28 +7,23 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from portexec.driver import Listener
     from portexec.errors import (
+        AlreadyEntered,
         CannotExecute,
+        CommandNotAList,
         CommandNotFound,
+        Exited,
         ListenError,
         NotReady,
+        NotRunning,
         PortexecError,
         UnknownHandOff,
         UnknownReady,
         UsageError,
     )
     from portexec.guarded import GuardedSocket, listen
-    from portexec.server import (
-        AlreadyEntered,
-        AsyncServer,
-        CommandNotAList,
-        Exited,
-        Listener,
-        NotRunning,
-        Server,
-        Serving,
-        serve,
-    )
+    from portexec.server import AsyncServer, Server, Serving, serve
 
 __version__ = "0.1.0"
 

@@ -66,6 +66,26 @@ class NotReady(PortexecError):
     status = STATUS_TIMEOUT
 
 
+class Exited(PortexecError):
+    """The command ended by itself. `returncode` is its status, or minus the signal that killed it; None if unknown."""
+
+    def __init__(self, message: str, hint: str = "", *, output: str = "", returncode: int | None = None) -> None:
+        super().__init__(message, hint, output=output)
+        self.returncode = returncode
+
+
+class CommandNotAList(UsageError):
+    """The command was given as one text, and not as a list of its words."""
+
+
+class NotRunning(PortexecError):
+    """The server was stopped, so there is nothing to be done with it."""
+
+
+class AlreadyEntered(PortexecError):
+    """What `serve` returned was used in a `with` before."""
+
+
 class RefusedError(Exception):
     """This machine does not let us admit binds; the text says why."""
 

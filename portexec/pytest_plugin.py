@@ -22,7 +22,8 @@ import pytest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from portexec.server import Exited, Server
+    from portexec.errors import Exited
+    from portexec.server import Server
 
     Factory = Callable[..., Server]
 

@@ -40,7 +40,7 @@ FORBIDDEN_ON_THE_EXEC_PATH = {
 
 # The modules that each module may import, and no others.
 ALLOWED = {
-    "__init__": {"errors", "guarded", "server"},  # lazily
+    "__init__": {"driver", "errors", "guarded", "server"},  # lazily
     "__main__": {"cli"},
     "errors": set(),
     "activation": set(),
@@ -70,8 +70,9 @@ ALLOWED = {
     "supervision": {"errors", "handoff", "options", "spec"},
     "control": {"errors"},
     "guarded": {"errors", "sockets", "spec"},
-    "server": {"control", "errors"},
-    "pytest_plugin": {"server"},
+    "driver": {"control", "errors"},
+    "server": {"driver", "errors"},
+    "pytest_plugin": {"errors", "server"},
     "explain": {"activation", "launch", "publish"},
     "supervisor": {"handoff", "sockets", "supervisor.run", "supervisor.signals", "supervisor.spawn"},
     "supervisor.libc": set(),

@@ -201,10 +201,10 @@ def test_a_death_is_the_failure_and_the_clients_error_its_cause(inner: Inner, pa
         [
             "*RemoteDisconnected: Remote end closed connection without response",
             "The above exception was the direct cause of the following exception:",
-            f"E *portexec.server.Exited: the server ended by itself: {how}",
+            f"E *portexec.errors.Exited: the server ended by itself: {how}",
             "*portexec: http*, returncode *",
             "serving *",
-            "FAILED test_it.py::test_it - portexec.server.Exited:*",
+            "FAILED test_it.py::test_it - portexec.errors.Exited:*",
         ]
     )
 
@@ -293,7 +293,7 @@ def test_a_death_is_the_failure_wherever_it_shows(inner: Inner, source: str) -> 
     done = inner.run(source)
     outcomes = done.parseoutcomes()
     assert outcomes.get("failed", 0) + outcomes.get("errors", 0) + outcomes.get("error", 0) == 1
-    done.stdout.fnmatch_lines(["E *portexec.server.Exited: the server ended by itself: *", "*portexec: http*, returncode *"])
+    done.stdout.fnmatch_lines(["E *portexec.errors.Exited: the server ended by itself: *", "*portexec: http*, returncode *"])
     assert sum("Exited: the server ended" in line and line.startswith("E ") for line in done.outlines) == 1
 
 
@@ -351,7 +351,7 @@ def test_a_death_is_told_once_and_of_the_test_that_saw_it(inner: Inner) -> None:
     done.assert_outcomes(passed=4, failed=2)
     done.stdout.fnmatch_lines(
         [
-            "FAILED test_it.py::test_kills - portexec.server.Exited: *",
+            "FAILED test_it.py::test_kills - portexec.errors.Exited: *",
             "FAILED test_it.py::test_after - urllib.error.URLError: *",
         ]
     )

@@ -30,7 +30,7 @@ import anyio.to_thread
 import pytest
 
 import portexec
-from portexec import server as server_module
+from portexec import driver
 from tests.support import DEADLINE, child, descriptors_of, get, status_of, wait_for
 from tests.test_servers import is_installed, need
 from tests.test_theft import read_line, thief
@@ -264,8 +264,8 @@ def test_the_output_is_bounded_and_never_in_the_way() -> None:
     with portexec.serve(LIGHT) as server:
         assert ask(server, "write/1000000") == greeting(server)
         wait_for(lambda: server.output.endswith("written\n"))
-        assert len(server.output.encode()) == server_module.OUTPUT_LIMIT
-        assert server.output == (("x" * 99 + "\n") * 700 + "written\n")[-server_module.OUTPUT_LIMIT :]
+        assert len(server.output.encode()) == driver.OUTPUT_LIMIT
+        assert server.output == (("x" * 99 + "\n") * 700 + "written\n")[-driver.OUTPUT_LIMIT :]
     assert server.output.endswith("written\n")
 
 
