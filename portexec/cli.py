@@ -74,12 +74,12 @@ def _stay(launch: Launch, asked: Supervision, chosen: options.Options) -> int:
     try:
         if _start(launch, stay.start) is None:
             _start(launch, stay.start)  # as `hold`
-        outcome = stay.run(_publish(launch, chosen))
+        outcome = stay.run(_publish(launch, chosen, publish.say_if_heard))
     except BaseException:
         stay.clean_up()
         raise
     if outcome.error is not None:
-        _report(outcome.error, chosen)
+        _report(outcome.error, chosen, publish.say_if_heard)
     return end_as(outcome.wait_status)
 
 
@@ -87,7 +87,7 @@ def _become_or_wait(launch: Launch, chosen: options.Options, kill_after: float) 
     """Become the command, or with hand-off `guard` wait for it."""
     supervised = _start(launch, lambda: _rehearse(launch)) if launch.choice.hand_off == handoff.GUARD else None
     try:
-        published = _publish(launch, chosen)
+        published = _publish(launch, chosen, publish.say if supervised is None else publish.say_if_heard)
         try:
             if supervised is None:
                 execute.execute(launch.plan)
@@ -166,20 +166,20 @@ def _show_plan(launch: Launch, *, as_json: bool) -> int:
         launch.bound.close()
 
 
-def _publish(launch: Launch, chosen: options.Options) -> publish.Published:
+def _publish(launch: Launch, chosen: options.Options, say: Callable[[str], None]) -> publish.Published:
     """Tell whoever is to know: files first, since they can fail, then stderr."""
     listeners = launch.bound.listeners
     published = publish.publish_files(chosen.port_file, chosen.export, listeners[0].port, launch.variables)
     if chosen.verbose:
         from portexec import explain
 
-        publish.say(explain.verbose(launch))
+        say(explain.verbose(launch))
     if chosen.control_fd is not None:
         return published  # the program was told
     if chosen.json and not chosen.quiet:
-        publish.say(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
+        say(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
     elif not chosen.quiet:
-        publish.say(publish.announcement(listeners))
+        say(publish.announcement(listeners))
     return published
 
 
@@ -195,14 +195,14 @@ def _print(text: str) -> int:
     return 0
 
 
-def _report(error: PortexecError, chosen: options.Options) -> None:
+def _report(error: PortexecError, chosen: options.Options, say: Callable[[str], None] = publish.say) -> None:
     if chosen.control_fd is not None and chosen.control_fd.isdecimal():
         from portexec import control
 
         control.tell_error(int(chosen.control_fd), error)
         return
     lines = [f"portexec: error: {error.message}"] + [f"portexec: hint: {error.hint}"] * bool(error.hint)
-    publish.say("".join(line.replace("\n", "\\n") + "\n" for line in lines))
+    say("".join(line.replace("\n", "\\n") + "\n" for line in lines))
 
 
 def _die_by(number: int) -> NoReturn:

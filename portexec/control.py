@@ -49,10 +49,21 @@ def words(fd: int) -> list[str]:
     return list(json.loads(line)) if line else []
 
 
-def receive(fd: int) -> list[str]:
-    """What is asked for next; what is not understood is left out. The end of the socket asks to stop."""
-    data = os.read(fd, _MAX_REQUEST)
-    return [_request(line) for line in data.splitlines()] if data else [STOP]
+class Requests:
+    """What is asked for over the descriptor, which may come in pieces."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._rest = b""
+
+    def receive(self) -> list[str]:
+        """What is asked for next; what is not understood is left out. The end of the socket asks to stop."""
+        try:
+            data = os.read(self._fd, _MAX_REQUEST)
+        except ConnectionResetError:  # it was closed with something unread
+            data = b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [_request(line) for line in lines] if data else [STOP]
 
 
 def _request(line: bytes) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MODE = 0o644
 _STDERR = 2
+_PATIENCE = 1000  # milliseconds
 _ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)
 
 
@@ -30,6 +31,20 @@ def say(text: str) -> None:
     try:
         while data:
             data = data[os.write(_STDERR, data) :]
+    except OSError:
+        pass
+
+
+def say_if_heard(text: str) -> None:
+    """The same for a parent, who has to hear signals meanwhile: it waits for room for a second, and then says nothing."""
+    import select
+
+    poll = select.poll()
+    poll.register(_STDERR, select.POLLOUT)
+    data = os.fsencode(text)
+    try:
+        while data and poll.poll(_PATIENCE):
+            data = data[os.write(_STDERR, data[: select.PIPE_BUF]) :]  # so much goes in without blocking, pipe(7)
     except OSError:
         pass
 

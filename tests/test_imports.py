@@ -119,7 +119,7 @@ ALLOWED = {
         "supervisor.signals",
         "supervisor.spawn",
     },
-    "supervisor.generation": {"errors", "supervisor.shim"},
+    "supervisor.generation": {"errors", "supervisor.shim", "supervisor.tree"},
     "supervisor.pool": {"handoff", "supervisor.generation", "supervisor.shim", "supervisor.signals", "supervisor.tree"},
     "supervisor.progress": {"publish"},
     "supervisor.reporter": {"control", "launch", "publish"},

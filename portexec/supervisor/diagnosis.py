@@ -76,4 +76,4 @@ class Diagnosis(Observer):
     def _say(self, key: object, text: str) -> None:
         if key not in self._said:
             self._said.add(key)
-            publish.say(text)
+            publish.say_if_heard(text)

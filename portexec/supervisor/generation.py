@@ -9,6 +9,7 @@ import anyio
 
 from portexec.errors import PortexecError, of_status
 from portexec.supervisor import shim as words
+from portexec.supervisor import tree
 from portexec.supervisor.shim import Shim
 
 TYPE_CHECKING = False
@@ -17,16 +18,15 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """A start of a command below a shim, which has been told to prepare it.
+    """A start of a command by a shim that runs nothing at the moment.
 
-    `failure` is set when it could not be executed. A lazy one is not told to go as soon as it is prepared. `began` is the time
-    of the start, time.monotonic().
+    `failure` is set when it could not be executed. `began` is the time of the start, time.monotonic(); None as long as the shim
+    was told nothing.
     """
 
-    def __init__(self, shim: Shim, *, is_lazy: bool = False, began: float | None = None) -> None:
+    def __init__(self, shim: Shim, began: float | None = None) -> None:
         self.shim = shim
-        self.began = time.monotonic() if began is None else began
-        self.is_lazy = is_lazy
+        self.began = began
         self.wait_status = 0
         self.failure: PortexecError | None = None
         self.status_text = ""  # what it said by STATUS=
@@ -45,6 +45,24 @@ class Generation:
     def pid(self) -> int:
         """The pid of the process that counts: what the command said by MAINPID=, or its own; 0 until it runs."""
         return self._main_pid or self._pid
+
+    def begin(self) -> None:
+        """Have the shim start the command."""
+        self.began = time.monotonic()
+        self.shim.tell(words.PREPARE)
+
+    def stop(self, word: bytes = words.STOP) -> None:
+        """Stop its tree, with STOP or KILL. A shim that Ctrl-Z has stopped has to go on for that."""
+        if self.began is None:
+            self.ended.set()
+            self.gone.set()
+        elif not self.shim.is_gone:
+            self.shim.tell(word)
+            tree.continue_if_stopped(self.shim.pid)
+
+    def is_running(self) -> bool:
+        """Whether the command runs, or is about to: somebody is there to get signals."""
+        return self.began is not None and not self.ended.is_set()
 
     async def listen(self) -> None:
         """Follow what the shim says, to the end of this start."""
@@ -66,8 +84,7 @@ class Generation:
 
     def _take(self, kind: bytes, fields: list[str]) -> None:
         if kind == words.PREPARED:
-            if not self.is_lazy:
-                self.shim.tell(words.GO)
+            self.shim.tell(words.GO)
         elif kind == words.STARTED:
             self._pid = int(fields[0])
             self.started.set()

@@ -109,6 +109,7 @@ class Lifetime:
             return
         try:
             self.tests = Generation(self.pool.new_shim(self.launch.plan_shell(self.asked.then)))
+            self.tests.begin()
         except OSError as error:
             self._end(Outcome.failed(PortexecError(f"cannot start the tests: {reason(error)}")))
             return
@@ -128,16 +129,17 @@ class Lifetime:
         """Stop every tree: TERM, and KILL later, or at once when we are told a second time."""
         with anyio.CancelScope() as scope:
             self.tasks.start_soon(self._hurry_up, scope)
-            if self._is_graceful:
+            interrupted = self.tests or self.server.current
+            if self._is_graceful and interrupted.is_running():
                 with anyio.move_on_after(self.asked.kill_after):
-                    await (self.tests or self.server.current).ended.wait()
+                    await interrupted.ended.wait()
             await self._stop_each(words.STOP, self.asked.kill_after)
         if self._hurry.is_set():
             await self._stop_each(words.KILL, 0)
         self.pool.dismiss_all()
 
     async def _stop_each(self, word: bytes, kill_after: float) -> None:
-        self.pool.tell_all(word)
+        self.pool.stop_all(word)
         await self.pool.all_gone()
         await self.pool.clear_away(kill_after)
 
@@ -160,8 +162,10 @@ class Lifetime:
             self._stop_by(signal)
         elif signal.number == _signal.SIGHUP and self.server.can_replace():
             self.server.replace()
-        elif signals.is_to_be_forwarded(signal):
+        elif self.server.current.is_running() and signals.is_to_be_forwarded(signal):
             signals.send(self.server.current.shim.pid, signal.number)
+        elif signal.from_terminal and not any(generation.is_running() for generation in self.pool.live):
+            signals.stop_with(signal.number)  # nobody is there with whom we would stop
 
     def _stop_by(self, signal: signals.Received) -> None:
         if self._over.is_set():
@@ -177,14 +181,15 @@ class Lifetime:
     def _reap(self) -> None:
         for pid, status in signals.reap():
             self.pool.others.discard(pid)  # another process may get its number
-            if os.WIFSTOPPED(status):
+            if os.WIFSTOPPED(status) and not self._over.is_set():
                 signals.stop_with(_signal.SIGTSTP)  # a shim stopped because its command was
 
     async def _follow_requests(self, fd: int) -> None:
         """Do what the program at the control descriptor asks for; its end is the end of all."""
+        requests = control.Requests(fd)
         while not self._over.is_set():
             await anyio.wait_readable(fd)
-            for request in control.receive(fd):
+            for request in requests.receive():
                 if request == control.RESTART:
                     self.server.restart()
                 elif request == control.STOP:

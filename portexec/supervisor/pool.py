@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 class Pool:
-    """The owner of the shims, of which the first is there already and began at this time, time.monotonic().
+    """The owner of the shims, of which the first is there already and began at this time, if it did (`Generation.began`).
 
     `others` are children of this process that are no shims, from the time before it was portexec.
     """
 
-    def __init__(self, first: Shim, began: float, job_for: Callable[[Plan], Job], inbox: Inbox, others: set[int]) -> None:
+    def __init__(
+        self, first: Shim, began: float | None, job_for: Callable[[Plan], Job], inbox: Inbox, others: set[int]
+    ) -> None:
         self.shims = [first]
         self.began = began
         self.others = others
@@ -42,10 +44,10 @@ class Pool:
             self.shims.remove(shim)
             shim.leave()
 
-    def tell_all(self, word: bytes) -> None:
-        """Say a word to the shims of all that is alive."""
+    def stop_all(self, word: bytes) -> None:
+        """Stop all that is alive, with STOP or KILL."""
         for generation in self.live:
-            generation.shim.tell(word)
+            generation.stop(word)
 
     async def all_gone(self) -> None:
         """Wait until nothing of any is left."""

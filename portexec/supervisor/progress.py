@@ -27,10 +27,10 @@ async def show(what: Callable[[], str]) -> None:
     try:
         while True:
             line = f"portexec: {time.monotonic() - began:.0f} s: waiting for the command to {what()}"
-            publish.say(_ERASE + line[: _columns() - 1])
+            publish.say_if_heard(_ERASE + line[: _columns() - 1])
             await anyio.sleep(_REDRAW)
     finally:
-        publish.say(_ERASE)
+        publish.say_if_heard(_ERASE)
 
 
 def _columns() -> int:

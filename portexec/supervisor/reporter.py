@@ -28,17 +28,17 @@ class Reporter:
 
     def error(self, text: str) -> None:
         """Something has failed, and the run goes on."""
-        publish.say(f"portexec: error: {text}\n")
+        publish.say_if_heard(f"portexec: error: {text}\n")
 
     def note(self, text: str) -> None:
         """Something that a person should know."""
         if not self.is_quiet:
-            publish.say(f"portexec: note: {text}\n")
+            publish.say_if_heard(f"portexec: note: {text}\n")
 
     def detail(self, text: str) -> None:
         """Something for `-v`."""
         if self.is_verbose:
-            publish.say(f"portexec: {text}\n")
+            publish.say_if_heard(f"portexec: {text}\n")
 
     def tell(self, event: str, **fields: object) -> None:
         """An event for the program at the control descriptor."""

@@ -14,7 +14,7 @@ import select
 import sys
 import time
 
-from portexec.errors import RefusedError, of_status
+from portexec.errors import PortexecError, RefusedError, of_status
 from portexec.sockets import Guard
 from portexec.supervisor import child as messages
 from portexec.supervisor import signals, tree
@@ -23,7 +23,7 @@ from portexec.supervisor.spawn import Child, take_back
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from portexec.supervisor.diagnosis import Diagnosis
 
@@ -33,7 +33,10 @@ _LONGEST_POLL = 3600.0  # seconds
 
 
 class Supervised:
-    """A child that is ready to execute the command, or does."""
+    """A child that is ready to execute the command, or does.
+
+    `has_started`: the command runs, or has ended; or `failure` says why it could not be executed.
+    """
 
     was_gated = False  # whether anything had to be gated so far
 
@@ -41,22 +44,16 @@ class Supervised:
         self.pid = child.pid
         self.inbox = inbox
         self.others = child.others
+        self.has_started = False
+        self.failure: PortexecError | None = None
         self._child = child
 
     def go(self) -> None:
-        """Let the child execute the command. What comes of it, `require_started` finds out."""
+        """Let the child execute the command. What comes of it, `attend` finds out."""
         try:
             self._child.control.send(messages.GO)
         except BrokenPipeError:
             pass  # somebody killed it: its status tells
-
-    def require_started(self) -> None:
-        """Wait until the command runs. Raises PortexecError if it cannot be executed."""
-        message = self._child.control.recv(_MAX_MESSAGE)
-        self._child.control.close()
-        if message[:1] == messages.FAILED:
-            status, text, hint = os.fsdecode(message[1:]).split(messages.SEPARATOR)
-            raise of_status(int(status), text, hint)
 
     def end(self) -> None:
         """End the child, unless it has ended, and give back what only it needed."""
@@ -70,6 +67,7 @@ class Supervised:
 
     def release(self) -> None:
         """Give back what only this child needed. Nothing of it runs any more."""
+        self._child.control.close()
 
     def observe(self, observer: Observer) -> None:
         """Tell this one from now on what admission sees."""
@@ -80,9 +78,21 @@ class Supervised:
 
     def register(self, poll: select.poll) -> None:
         """Have this wait for what `attend` is to deal with, too."""
+        poll.register(self._child.control, select.POLLIN)
 
     def attend(self, ready: Mapping[int, int], poll: select.poll) -> None:
         """Deal with what the poll found, and with what is due."""
+        if not self.has_started and self._child.control.fileno() in ready:
+            poll.unregister(self._child.control)
+            self._take_start()
+
+    def _take_start(self) -> None:
+        message = self._child.control.recv(_MAX_MESSAGE)
+        self._child.control.close()
+        self.has_started = True
+        if message[:1] == messages.FAILED:
+            status, text, hint = os.fsdecode(message[1:]).split(messages.SEPARATOR)
+            self.failure = of_status(int(status), text, hint)
 
     def patience(self) -> float | None:
         """Seconds until `attend` is due even if nothing happens, None for never."""
@@ -107,6 +117,7 @@ class Admitted(Supervised):
         return self.admission.was_gated
 
     def release(self) -> None:
+        super().release()
         os.close(self.admission.notify_fd)
 
     def observe(self, observer: Observer) -> None:
@@ -116,9 +127,11 @@ class Admitted(Supervised):
         return super().descriptors() | self.admission.descriptors()
 
     def register(self, poll: select.poll) -> None:
+        super().register(poll)
         poll.register(self.admission.notify_fd, select.POLLIN)
 
     def attend(self, ready: Mapping[int, int], poll: select.poll) -> None:
+        super().attend(ready, poll)
         found = ready.get(self.admission.notify_fd, 0)
         if found & select.POLLIN:
             self.serve()
@@ -221,8 +234,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Wait for the command's end and return its wait status. Raises PortexecError if it could not be executed."""
-        self.supervised.require_started()
-        _keep_only({*self.supervised.descriptors(), _STDERR})
+        self.wait_for_start()
+        if self.supervised.has_started:
+            _keep_only({*self.supervised.descriptors(), _STDERR})
         self.wait_for_end()
         if self.stop_requests or self._died_of_ctrl_c():
             self.stop_tree()
@@ -230,10 +244,15 @@ class Supervisor:
             self._leave_an_answerer()
         return self.wait_status
 
+    def wait_for_start(self) -> None:
+        """Wait until the command runs, or it is time to stop its tree. Raises PortexecError if it cannot be executed."""
+        self._wait_until(lambda: self.supervised.has_started)
+        if self.supervised.failure is not None:
+            raise self.supervised.failure
+
     def wait_for_end(self) -> None:
         """Wait until the command has ended, or it is time to stop its tree."""
-        while not (self.has_ended or self.is_told_to_stop or self.is_overdue()):
-            self._wait(self.kill_after if self.is_killed and self.stop_requests else None)
+        self._wait_until(lambda: self.has_ended)
         is_stopped = self.stop_requests or self.is_told_to_stop or self._died_of_ctrl_c()
         if not is_stopped and os.WIFEXITED(self.wait_status):
             self.diagnosis.ended(os.WEXITSTATUS(self.wait_status))
@@ -268,6 +287,10 @@ class Supervisor:
         )
         return self.was_interrupted and died
 
+    def _wait_until(self, is_reached: Callable[[], bool]) -> None:
+        while not (is_reached() or self.is_told_to_stop or self.is_overdue()):
+            self._wait(self.kill_after if self.is_killed and self.stop_requests else None)
+
     def _wait(self, longest: float | None = None) -> None:
         """Wait for whatever comes first, and deal with it."""
         limits = (self.supervised.patience(), self.diagnosis.patience(), longest)
@@ -280,7 +303,7 @@ class Supervisor:
             return
         if signal.number == _signal.SIGINT and signal.from_terminal and not self.has_ended:
             self.was_interrupted = True
-        elif signal.number in signals.STOP_REQUESTS:
+        elif signal.number in signals.STOP_REQUESTS and not signals.is_ignored(signal.number):
             self.stop_requests.append(time.monotonic())
         if not self.has_ended and signals.is_to_be_forwarded(signal):
             signals.send(self.supervised.pid, signal.number)
@@ -290,7 +313,8 @@ class Supervisor:
         for pid, status in signals.reap():
             self.supervised.others.discard(pid)  # another process may get its number
             if pid == self.supervised.pid and os.WIFSTOPPED(status):
-                signals.stop_with(os.WSTOPSIG(status))
+                if not (self.stop_requests or self.is_told_to_stop):
+                    signals.stop_with(os.WSTOPSIG(status))
             elif pid == self.supervised.pid:
                 self.has_ended, self.wait_status = True, status
 

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from portexec.sockets import Guard
 
 # What portexec says to the shim.
+PREPARE = b"p"  # fork the child that is to execute the command; nothing of an earlier one is left
 GO = b"g"  # execute the command
-AGAIN = b"a"  # prepare to start it once more, when nothing of it is left
 STOP = b"s"  # TERM to the whole tree, KILL later
 KILL = b"k"  # KILL to the whole tree
 LEAVE = b"l"  # end; nothing is running
 
 # What the shim says.
-PREPARED = b"p"  # whether anything was gated: the child waits for the word
+PREPARED = b"d"  # whether anything was gated: the child waits for the word
 REFUSED = b"r"  # why: this machine does not let us admit binds
 EXHAUSTED = b"x"  # why: no child could be started
 STARTED = b"b"  # the command's pid
@@ -90,7 +90,7 @@ class Shim:
     """Our end: the shim's pid and the socket to it. `was_gated`: something had to be, in its rehearsal."""
 
     def __init__(self, job: Job, inbox: signals.Inbox) -> None:
-        """Fork a shim for the job; it prepares to start the command. Raises OSError when resources run out."""
+        """Fork a shim for the job, which waits for the word. Raises OSError when resources run out."""
         self.was_gated = False
         self.is_gone = False
         self.control, shims_end = socket_pair(job.plan.first_fd + len(job.plan.passed))
@@ -149,7 +149,11 @@ def _main(control: _socket.socket, job: Job, inbox: signals.Inbox) -> NoReturn:
     """The shim's life. Never returns into the caller's code, which is portexec's."""
     try:
         inbox.close()
-        _close_ours({control.fileno(), *_descriptors(job)})
+        try:
+            _close_ours({control.fileno(), *_descriptors(job)})
+        except OSError as error:
+            control.send(EXHAUSTED + os.fsencode(f"/proc cannot be read: {reason(error)}"))
+            os._exit(STATUS_FAILURE)
         if not job.has_stdin:
             _replace_stdin()
         _Process(control, job, inbox).run()
@@ -196,15 +200,24 @@ class _Process:
 
     def run(self) -> None:
         """Start the command as often as portexec says."""
-        word = AGAIN
-        while word == AGAIN and (supervised := self._prepare()):
-            word = self.next_word()
+        word = self._hear(PREPARE)
+        while word == PREPARE and (supervised := self._prepare()):
+            word = self._hear(GO, STOP, KILL)
             if word == GO:
                 word = self._look_after(supervised)
             else:
                 supervised.end()
+            if word and word != LEAVE:
+                self.say(GONE)
+                word = self._hear(PREPARE)
         if not word:
             self.job.farewell()
+
+    def _hear(self, *expected: bytes) -> bytes:
+        """Wait for one of these words, or the end; another comes too late, as STOP does for what has just ended by itself."""
+        while (word := self.next_word()) and word not in (*expected, LEAVE):
+            pass
+        return word
 
     def next_word(self) -> bytes:
         """Wait for what portexec says next; nothing when it has gone."""
@@ -222,6 +235,7 @@ class _Process:
 
     def _prepare(self) -> Supervised | None:
         job = self.job
+        self.inbox.read()  # signals from when there was nobody to get them
         try:
             if job.guards:
                 supervised: Supervised = admit(job.plan, job.guards, job.remap, self.inbox)
@@ -237,21 +251,19 @@ class _Process:
         return supervised
 
     def _look_after(self, supervised: Supervised) -> bytes:
-        """From the word to go until nothing is left, and what portexec says then."""
+        """From the word to go until nothing is left. Returns it, or nothing when portexec has gone meanwhile."""
         supervised.go()
         attendant = _Attendant(supervised, self)
         try:
-            supervised.require_started()
+            attendant.wait_for_start()
         except PortexecError as error:
             self.say(FAILED, error.status, error.message, error.hint)
-            attendant.stop_tree()
         else:
             self.say(STARTED, supervised.pid)
             attendant.wait_for_end()
-            attendant.stop_tree()
+        attendant.stop_tree()
         supervised.release()
-        self.say(GONE)
-        return b"" if attendant.is_orphaned else self.next_word()
+        return b"" if attendant.is_orphaned else GO
 
 
 class _Report(Diagnosis):

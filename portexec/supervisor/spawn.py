@@ -24,9 +24,10 @@ class Child:
 
     def end(self) -> None:
         """End the child, unless it has ended."""
-        signals.send(self.pid, _signal.SIGKILL)
         try:
-            os.waitpid(self.pid, 0)
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                signals.send(self.pid, _signal.SIGKILL)
+                os.waitpid(self.pid, 0)
         except ChildProcessError:
             pass  # it was waited for already
         self.control.close()

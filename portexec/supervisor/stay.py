@@ -10,7 +10,7 @@ from portexec.handoff import GUARD
 from portexec.supervisor import libc, seccomp, tree
 from portexec.supervisor.notify import VARIABLE, NotifySocket
 from portexec.supervisor.reporter import Reporter
-from portexec.supervisor.shim import GO, Job, Shim
+from portexec.supervisor.shim import GO, PREPARE, Job, Shim
 from portexec.supervisor.signals import Inbox
 
 TYPE_CHECKING = False
@@ -34,6 +34,7 @@ class Stay:
         )
         self.notify = self._make_notify_socket()
         self.inbox = Inbox()
+        self.began: float | None = None
         self.others = tree.children()
         libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)  # what a shim leaves behind that is killed becomes ours
         export = launch.request.chosen.export
@@ -43,21 +44,26 @@ class Stay:
                 os.set_inheritable(fd, False)  # it is for us, not for the command
 
     def start(self) -> Shim:
-        """Start the first shim, up to where it waits for the word.
+        """Start the first shim, up to where it waits for the word; a lazy one forks its child at the first connection only.
 
         Raises RefusedError where binds cannot be admitted, OSError where resources run out.
         """
         shim = Shim(self._job_for(self.launch.plan), self.inbox)
+        if not self.asked.is_lazy:
+            self._prepare(shim)
+        self.shim = shim
+        if self.launch.choice.hand_off == GUARD:
+            self.launch.bound.release_guards()  # the shim has them, and sometimes has to step aside with them
+        return shim
+
+    def _prepare(self, shim: Shim) -> None:
+        shim.tell(PREPARE)
         try:
             shim.require_prepared()
         except BaseException:
             shim.leave()
             raise
-        self.shim = shim
         self.began = time.monotonic()
-        if self.launch.choice.hand_off == GUARD:
-            self.launch.bound.release_guards()  # the shim has them, and sometimes has to step aside with them
-        return shim
 
     def run(self, published: publish.Published) -> Outcome:
         """Run to the end, and withdraw what was published."""

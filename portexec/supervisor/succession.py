@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _signal
 import time
+from functools import partial
 
 import anyio
 
@@ -15,14 +16,13 @@ from portexec import supervision
 from portexec.errors import NotReady, PortexecError, reason
 from portexec.handoff import GUARD
 from portexec.supervisor import progress, signals
-from portexec.supervisor import shim as words
 from portexec.supervisor.generation import Generation
 from portexec.supervisor.readiness import Readiness
 from portexec.supervisor.reporter import describe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from anyio.abc import TaskGroup
 
@@ -66,7 +66,7 @@ class Succession:
         self.on_end = on_end
         self.is_over = False  # no other generation is to follow
         self.was_ready = False
-        self.current = Generation(pool.shims[0], is_lazy=asked.is_lazy, began=pool.began)
+        self.current = Generation(pool.shims[0], pool.began)
         self._ready = asked.ready_for(launch.choice.hand_off)
         self._changing = anyio.Lock()  # held while one generation follows another
         self._is_replacement_due = False
@@ -103,15 +103,12 @@ class Succession:
         self.pool.live.append(generation)
         self._generations.append(generation)
         self.tasks.start_soon(self._look_after, generation)
-        if generation.is_lazy:
-            self.tasks.start_soon(self._start_at_first_connection, generation)
 
     async def _look_after(self, generation: Generation) -> None:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(generation.listen)
-            with anyio.CancelScope() as waiting:
-                tasks.start_soon(self._wait_for_end, generation, waiting)
-                await self._wait_until_ready(generation)
+        if generation.began is None:
+            await self._wait_for_client(generation)
+        if not generation.gone.is_set():
+            await self._follow(generation)
         self.pool.live.remove(generation)
         self._generations.remove(generation)
         async with self._changing:
@@ -121,21 +118,29 @@ class Succession:
             elif generation is self.current and not self.is_over:
                 await self._follow_up(generation)
 
-    async def _wait_for_end(self, generation: Generation, waiting: anyio.CancelScope) -> None:
-        await generation.ended.wait()
-        self.reporter.tell("ended", status=generation.wait_status)
-        waiting.cancel()
-
-    async def _start_at_first_connection(self, generation: Generation) -> None:
+    async def _wait_for_client(self, generation: Generation) -> None:
+        """Begin at the first connection, unless it is stopped before."""
         async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_wait_and_cancel, generation.gone.wait, tasks.cancel_scope)
             for listener in self.launch.bound.listeners:
                 if listener.socket is not None:
-                    tasks.start_soon(self._wait_for_client, listener.socket.fileno(), tasks.cancel_scope)
-        generation.began = time.monotonic()
-        generation.shim.tell(words.GO)
+                    client = partial(anyio.wait_readable, listener.socket.fileno())
+                    tasks.start_soon(_wait_and_cancel, client, tasks.cancel_scope)
+        if not generation.gone.is_set():
+            generation.begin()
 
-    async def _wait_for_client(self, fd: int, waiting: anyio.CancelScope) -> None:
-        await anyio.wait_readable(fd)
+    async def _follow(self, generation: Generation) -> None:
+        """From its start to the end of its tree."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(generation.listen)
+            with anyio.CancelScope() as waiting:
+                tasks.start_soon(self._wait_for_end, generation, waiting)
+                await self._wait_until_ready(generation)
+
+    async def _wait_for_end(self, generation: Generation, waiting: anyio.CancelScope) -> None:
+        await generation.ended.wait()
+        if generation.started.is_set():
+            self.reporter.tell("ended", status=generation.wait_status)
         waiting.cancel()
 
     async def _wait_until_ready(self, generation: Generation) -> None:
@@ -174,14 +179,14 @@ class Succession:
             self.on_end(generation, NotReady(message, hint))
         else:
             self.reporter.note(message)
-            generation.shim.tell(words.STOP)
+            generation.stop()
 
     def _become_ready(self, generation: Generation) -> None:
         generation.ready_since = time.monotonic()
         generation.ready.set()
         self._ends_without_ready = 0
         self.reporter.tell_ready(generation.pid)
-        self.reporter.detail(f"ready after {generation.ready_since - generation.began:.2f}s")
+        self.reporter.detail(f"ready after {generation.ready_since - (generation.began or 0):.2f}s")
         if not self.was_ready:
             self.was_ready = True
             self.tasks.start_soon(self.reporter.announce_ready, generation.pid)
@@ -191,6 +196,8 @@ class Succession:
 
     async def _follow_up(self, generation: Generation) -> None:
         self._ends_without_ready += generation.ready_since is None
+        if generation.shim.is_gone and self.asked.restart != supervision.NO:
+            self.reporter.note("the process that looked after the command was killed, so there is no restart")
         if self._is_to_be_restarted(generation):
             await self._restart(generation)
         else:
@@ -213,8 +220,10 @@ class Succession:
 
     async def _restart_as_asked(self) -> None:
         async with self._changing:
+            if self.is_over:
+                return
             old = self.current
-            old.shim.tell(words.STOP)
+            old.stop()
             await old.gone.wait()
             if not self.is_over:
                 self._start_again(old.shim)
@@ -231,16 +240,17 @@ class Succession:
         if not self._listen_again():
             return
         try:
-            self.current = Generation(self._shim_for_restart(shim), is_lazy=self.asked.is_lazy)
+            self.current = Generation(self._shim_for_restart(shim))
         except (OSError, PortexecError) as error:
             self.on_end(self.current, error if isinstance(error, PortexecError) else PortexecError(reason(error)))
             return
+        if not self.asked.is_lazy:
+            self.current.begin()
         self._begin(self.current)
 
     def _shim_for_restart(self, shim: Shim) -> Shim:
-        """The same one, unless it has descriptors that are of no use any more."""
-        if not self.launch.bound.is_unix_listener_dead():
-            shim.tell(words.AGAIN)
+        """The same one, unless it was killed, or has descriptors that are of no use any more."""
+        if not (shim.is_gone or self.launch.bound.is_unix_listener_dead()):
             return shim
         self.pool.dismiss(shim)
         self.launch.bound.make_unix_listeners_anew()
@@ -258,6 +268,7 @@ class Succession:
             except OSError as error:
                 self.reporter.error(f"cannot start a new generation, the old one goes on: {reason(error)}")
                 return
+            new.begin()
             self._begin(new)
             if await self._has_become_ready(new):
                 self.current = new
@@ -271,10 +282,10 @@ class Succession:
     async def _has_become_ready(self, generation: Generation) -> bool:
         async with anyio.create_task_group() as tasks:
             for event in (generation.ready, generation.ended):
-                tasks.start_soon(_wait_and_cancel, event, tasks.cancel_scope)
+                tasks.start_soon(_wait_and_cancel, event.wait, tasks.cancel_scope)
         return generation.ready.is_set()
 
 
-async def _wait_and_cancel(event: anyio.Event, scope: anyio.CancelScope) -> None:
-    await event.wait()
+async def _wait_and_cancel(wait: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
+    await wait()
     scope.cancel()

@@ -10,7 +10,7 @@ from portexec.supervisor import signals
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Set
+    from collections.abc import Iterable, Mapping, Set
 
 _SHORTEST_PAUSE = 0.005  # seconds between two looks at a tree that is being stopped; the deaths of children wake us earlier
 _LONGEST_PAUSE = 0.2
@@ -18,7 +18,7 @@ _LONGER = 1.5
 
 
 class Stop:
-    """Stops all that is below this process: TERM to each as soon as it is seen, KILL when the time is over.
+    """Stops all that is below this subreaper: TERM to each as soon as it is seen, KILL when the time is over.
 
     `kill_after` is the time in seconds between the two, from now on. The processes of `spare`, and what is below them, are
     left alone.
@@ -35,14 +35,20 @@ class Stop:
         self._deadline = 0.0
 
     def step(self) -> bool:
-        """Send what is due. Returns whether anything is left; then to be called again, `pause` later at the latest."""
-        tree = descendants(self._spare)
+        """Send what is due. Returns whether anything is left; then to be called again, `pause` later at the latest.
+
+        A look at /proc can miss who forks and ends meanwhile. But as long as there is anything below us, something is our own
+        child, and that stays in /proc until we wait for it: so it is over when there is no child, not even a dead one.
+        """
+        by_parent, dead, stopped = _processes()
+        tree = _below(os.getpid(), by_parent, self._spare)
         is_over = time.monotonic() > self._deadline
-        for pid in tree if is_over else tree - self._told:
+        for pid in tree - dead if is_over else tree - dead - self._told:
             signals.send(pid, _signal.SIGKILL if is_over else _signal.SIGTERM)
-            signals.send(pid, _signal.SIGCONT)  # one that Ctrl-Z has stopped can act on TERM only when it goes on
+            if pid in stopped:  # by Ctrl-Z: it can act on TERM only when it goes on
+                signals.send(pid, _signal.SIGCONT)
         self._told |= tree
-        return bool(tree)
+        return not self._spare >= set(by_parent.get(os.getpid(), ()))
 
     def pause(self) -> float:
         """Seconds until the next step; longer each time, so that a long wait costs little."""
@@ -51,7 +57,7 @@ class Stop:
 
 
 def children() -> set[int]:
-    """The pids of this process' own children; cheap where there are none, as mostly before the first is started.
+    """The pids of this process' own children, dead ones too; cheap where there are none, as mostly before the first is started.
 
     Whoever became portexec by exec may have had some, which are not ours to stop.
     """
@@ -59,26 +65,34 @@ def children() -> set[int]:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return set()
-    return set(_children_by_parent().get(os.getpid(), ()))
+    return set(_processes()[0].get(os.getpid(), ()))
 
 
-def descendants(spare: Set[int] = frozenset(), root: int = 0) -> set[int]:
-    """The pids of all processes below `root`, by default below this process, without `spare` and what is below those.
+def descendants(root: int) -> set[int]:
+    """The pids of all living processes below `root`."""
+    by_parent, dead, _ = _processes()
+    return _below(root, by_parent, frozenset()) - dead
 
-    Those that are dead and wait for their parent are not among them.
-    """
-    by_parent = _children_by_parent()
+
+def continue_if_stopped(pid: int) -> None:
+    """CONT to a process if it was stopped."""
+    if pid in _processes()[2]:
+        signals.send(pid, _signal.SIGCONT)
+
+
+def _below(root: int, by_parent: Mapping[int, Iterable[int]], spare: Set[int]) -> set[int]:
     found: set[int] = set()
-    level = [root or os.getpid()]
+    level = [root]
     while level:
         level = [pid for parent in level for pid in by_parent.get(parent, ()) if pid not in found and pid not in spare]
         found.update(level)
     return found
 
 
-def _children_by_parent() -> dict[int, list[int]]:
-    """All processes of the machine that /proc shows, by the pid of their parent."""
+def _processes() -> tuple[dict[int, list[int]], set[int], set[int]]:
+    """All processes of the machine that /proc shows, by the pid of their parent; the dead ones, not waited for; the stopped."""
     by_parent: dict[int, list[int]] = {}
+    dead, stopped = set(), set()
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -87,6 +101,9 @@ def _children_by_parent() -> dict[int, list[int]]:
                 state, parent, threads = fields[0], fields[1], fields[17]
             except OSError:
                 continue
-            if state != b"Z" or int(threads) > 1:  # a main thread that has ended is a zombie while others go on
-                by_parent.setdefault(int(parent), []).append(int(name))
-    return by_parent
+            by_parent.setdefault(int(parent), []).append(int(name))
+            if state == b"Z" and int(threads) == 1:  # a main thread that has ended is a zombie while others go on
+                dead.add(int(name))
+            elif state == b"T":
+                stopped.add(int(name))
+    return by_parent, dead, stopped
