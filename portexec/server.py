@@ -226,7 +226,7 @@ def _variables(env: Mapping[str, str | None] | None) -> Iterable[tuple[str, str 
 
 
 def _texts(argument: str, value: object) -> list[str]:
-    """The same for an argument that may be one or several; None is none."""
+    """What `_text` makes of an argument that is one or several; None is none."""
     if value is None:
         return []
     several = value if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [value]
