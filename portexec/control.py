@@ -8,7 +8,8 @@
     program -> portexec   {"do": "restart"}                                           stop the tree, start it anew
                           {"do": "stop"}                                              so does the end of the socket
 
-A program whose words for the command line are nobody else's business sends them as its first line, a list (`words`).
+A program whose words for the command line are nobody else's business sends them as its first line, a list (`words`), and
+nothing else before the first event.
 
 The end of the socket is the news that portexec has ended, and that nothing of the command is left.
 """
@@ -24,6 +25,7 @@ RESTART = "restart"
 STOP = "stop"
 
 _MAX_REQUEST = 1 << 16
+_MAX_WORDS = 1 << 20  # at once
 
 
 def tell(fd: int, event: str, **fields: object) -> None:
@@ -44,9 +46,13 @@ def words(fd: int) -> list[str]:
 
     None at all when the program has gone.
     """
-    with open(fd, "rb", buffering=0, closefd=False) as stream:  # which reads no byte more than the line
-        line = stream.readline()
-    return list(json.loads(line)) if line else []
+    line = b""
+    while not line.endswith(b"\n"):
+        data = os.read(fd, _MAX_WORDS)
+        if not data:
+            return []
+        line += data
+    return list(json.loads(line))
 
 
 class Requests:

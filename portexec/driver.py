@@ -1,7 +1,10 @@
 """A portexec of our own, driven over its control descriptor by one thread. The machinery of `server`.
 
 Nothing of what portexec does happens in this process, which may have threads and a running event loop: it is started as any
-program is (subprocess). The thread starts it and follows what it and the command say; the blocking calls wait for that.
+program is (subprocess). The thread starts it and follows what it and the command say; the calls wait for that.
+
+Plain code and event loops wait in different ways, so each call that waits is a coroutine and is given the way, an `Until`. With
+one that blocks, as `block_until` does, it never suspends.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from portexec import control, errors
 from portexec.errors import Exited, NotRunning, PortexecError, UsageError, reason
@@ -26,18 +30,27 @@ OUTPUT_LIMIT = 1 << 16  # bytes of the command's output that are kept, the last 
 
 _GRACE = 30.0  # seconds that portexec itself may take beyond what it was allowed, before it is killed
 # This very portexec, and what it needs from where the caller has it. With `-I` and `-S` the path begins as that of the standard
-# library, so that no file of the caller's that is named like a module of it is in the way.
+# library, so that no file of the caller's that is named like a module of it is in the way. A caller may ignore or block the
+# signals that end a server, to take them in its own way; the server is not to inherit that.
 _PROGRAM = """\
-import sys
+import signal, sys
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 sys.path.insert(0, {!r})
 import portexec
 sys.path[:1] = []
 sys.path += {!r}
 from portexec import cli, control
 fd = {}
-sys.exit(cli.main(["--control-fd", str(fd), *control.words(fd)]))
+words = control.words(fd)
+sys.exit(cli.main(["--control-fd", str(fd), *words]) if words else 0)
 """
 _FIRST_FREE_FD = 3
+
+# Held while a portexec is started, and by whoever forks: a child must not have copies of its ends of the socket and the pipe,
+# whose closing is the news of its end. By an RLock, since what the garbage collector calls may fork, too.
+_starting = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -51,11 +64,51 @@ class Listener:
     path: str = ""
 
 
-class Driver:
-    """A portexec of ours, what it has said, and the blocking calls. All state changes under `_changed`.
+class Changed(threading.Condition):
+    """A condition that an event loop can wait for, too: there is a descriptor that gets readable whenever it is notified."""
 
-    `arguments` are the words of its command line. `kill_after` is in seconds. `reword` makes its messages those of the caller,
-    who knows nothing of options.
+    def __init__(self) -> None:
+        super().__init__()
+        self._bells: set[int] = set()
+
+    def notify_all(self) -> None:
+        """Wake all who wait, in threads and in event loops."""
+        super().notify_all()
+        for bell in self._bells:
+            os.eventfd_write(bell, 1)
+
+    @contextmanager
+    def bell(self) -> Iterator[int]:
+        """An eventfd(2) of our own."""
+        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            with self:
+                self._bells.add(bell)
+            yield bell
+        finally:
+            with self:
+                self._bells.discard(bell)
+            os.close(bell)
+
+
+class Until(Protocol):
+    """Wait until the condition, asked with `changed` held, gives something true, and return that; 0 if it takes longer."""
+
+    def __call__(self, changed: Changed, condition: Callable[[], int], patience: float | None = None) -> Awaitable[int]:
+        """`patience` is in seconds, None for ever."""
+
+
+async def block_until(changed: Changed, condition: Callable[[], int], patience: float | None = None) -> int:
+    """An `Until` that blocks the thread."""
+    with changed:
+        return changed.wait_for(condition, patience)
+
+
+class Driver:
+    """A portexec of ours, what it has said, and the calls. All state changes under `_changed`.
+
+    `arguments` are the words of its command line. `kill_after` is in seconds. `reword` makes a message and a hint those of the
+    caller, who knows nothing of options.
     """
 
     def __init__(
@@ -64,7 +117,7 @@ class Driver:
         environment: dict[str, str],
         cwd: str | None,
         kill_after: float,
-        reword: Callable[[str], str],
+        reword: Callable[[str, str], tuple[str, str]],
     ) -> None:
         self.arguments = arguments
         self.environment = environment
@@ -74,17 +127,18 @@ class Driver:
         self.listeners: dict[str, Listener] = {}
         self.pid = 0
         self.returncode: int | None = None
-        self._changed = threading.Condition()
-        self._restarting = threading.Lock()
+        self._changed = Changed()
         self._output = bytearray()
+        self._times_asked = 1  # to be ready: by the start, and by every restart
         self._times_ready = 0
+        self._waiting = 0  # how many wait for the end, or have seen it
         self._failure: PortexecError | None = None
         self._thread = threading.Thread(target=self._live, name="portexec", daemon=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._was_stopped = False
-        self._is_end_expected = False  # somebody waits for it
         self._is_over = False
+        self._is_the_parents = False  # we are a forked child
 
     def first(self) -> Listener:
         """The first listener."""
@@ -106,16 +160,18 @@ class Driver:
     def _live(self) -> None:
         """The thread: start portexec, and take what it and the command say until both have ended."""
         try:
-            with self._changed:
+            with _starting:
                 self._control, theirs = socket.socketpair()
-            with theirs, self._changed:
-                if self._was_stopped:
-                    return
-                self._process = self._popen(theirs)
-                self._say(self.arguments)  # not in the words of the process, which everybody can see
+                with theirs:
+                    for end in (self._control, theirs):
+                        end.settimeout(None)  # which the caller may have changed for all, by socket.setdefaulttimeout
+                    if self._was_stopped:  # looked at when there is something to hang up
+                        return
+                    self._process = self._popen(theirs)
             with self._process as process:
+                self._say(self.arguments)  # not in the words of the process, which everybody can see
                 self._follow(self._control, process)
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:
             self._failure = self._cannot_start(error)
         finally:
             with self._changed:
@@ -126,7 +182,8 @@ class Driver:
 
     def _popen(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        places = [os.path.abspath(place) for place in sys.path if place]
+        # Python itself passes over what else may be there.
+        places = [os.path.abspath(place) for place in sys.path if place and isinstance(place, str) and "\0" not in place]
         # Where the caller has closed its standard streams, the socket can be one of those that Popen makes anew.
         fd = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD)
         try:
@@ -143,20 +200,20 @@ class Driver:
         finally:
             os.close(fd)
 
-    def _cannot_start(self, error: OSError) -> PortexecError:
-        if self.cwd is not None and not os.path.isdir(self.cwd):
-            return UsageError(f"cannot run in {self.cwd}: {reason(error)}", "cwd has to be a directory that exists")
-        return PortexecError(f"cannot start portexec: {reason(error)}")
+    def _cannot_start(self, error: Exception) -> PortexecError:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        if self.cwd is not None and getattr(error, "filename", None) == self.cwd:
+            return UsageError(f"cannot run in {self.cwd}: {why}", "cwd has to be a directory that exists and may be entered")
+        return PortexecError(f"cannot start portexec with {sys.executable}: {why}")
 
-    def wait_until_ready(self, times: int = 1) -> None:
+    async def ready(self, until: Until, times: int = 1) -> None:
         """Wait until the command has been ready so many times. Raises what prevents it."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_over or self._times_ready >= times)
-            if self._times_ready < times:
-                raise self._why_over()
+        await until(self._changed, lambda: self._is_over or self._times_ready >= times)
+        if self._times_ready < times:
+            raise self._why_over()
 
     def _why_over(self) -> PortexecError:
-        output = self._output.decode(errors="replace")
+        output = self.output()
         if self._failure is not None:
             self._failure.output = output
             return self._failure
@@ -168,65 +225,92 @@ class Driver:
 
     def how_it_ended(self) -> str:
         """In words, `exit status 3` or `killed by signal 9`."""
-        if self.returncode is None:
+        if self.returncode is not None:
+            return f"exit status {self.returncode}" if self.returncode >= 0 else f"killed by signal {-self.returncode}"
+        status = self._process.returncode if self._process else 0
+        if status < 0:
             return "portexec itself was killed"
-        return f"exit status {self.returncode}" if self.returncode >= 0 else f"killed by signal {-self.returncode}"
+        return f"portexec ended with status {status} and without a word, run by {sys.executable}"
 
     def died(self, patience: float) -> Exited | None:
         """The error that says so if the command ended without having been told to, and without anybody expecting it."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.returncode is not None or self._is_over, patience):
                 return None
-            if self._was_stopped or self._is_end_expected or not self._times_ready:
+            if self._was_stopped or self._waiting or self._times_ready < self._times_asked:
                 return None
-            output = self._output.decode(errors="replace")
-        return Exited(f"the server ended by itself: {self.how_it_ended()}", output=output, returncode=self.returncode)
+            return Exited(
+                f"the server ended by itself: {self.how_it_ended()}", output=self.output(), returncode=self.returncode
+            )
 
-    def wait(self) -> int:
+    async def wait(self, until: Until) -> int:
         """Wait for the end of everything."""
         with self._changed:
-            self._is_end_expected = True
-            self._changed.wait_for(lambda: self._is_over)
+            self._waiting += 1
+        try:
+            await until(self._changed, lambda: self._is_over)
+        except BaseException:
+            with self._changed:
+                self._waiting -= 1  # given up
+            raise
+        if self._is_the_parents:
+            raise self._not_running()
         if self.returncode is None:
-            raise Exited("portexec itself was killed", output=self.output())
+            raise Exited(self.how_it_ended(), output=self.output())
         return self.returncode
 
-    def stop(self) -> None:
+    async def stop(self, until: Until) -> None:
         """Stop everything, unless that was done."""
-        if self._thread.ident is None:
-            return  # it could not be started
+        if sys.is_finalizing():
+            self._hang_up()  # and no more: the thread is frozen, maybe with the lock
+            return
         with self._changed:
-            self._was_stopped = self._was_stopped or not self._is_over
-            self._say({"do": control.STOP})
-            is_over = self._changed.wait_for(lambda: self._is_over, 2 * self.kill_after + _GRACE)
-            if not is_over and self._process is not None:
-                self._process.kill()
-            self._changed.wait_for(lambda: self._is_over)
+            self._hang_up()
+        if not self._thread.is_alive():
+            return  # it is over, could not be started, or is not yet and will see that it is to do nothing
+        if not await until(self._changed, lambda: self._is_over, 2 * self.kill_after + _GRACE) and self._process is not None:
+            self._process.kill()
+            await until(self._changed, lambda: self._is_over)
 
-    def restart(self) -> None:
+    def _hang_up(self) -> None:
+        """Let portexec see the end of the socket, at which it stops everything; before it has got all its words, too."""
+        self._was_stopped = self._was_stopped or not self._is_over
+        try:
+            if self._control is not None:
+                self._control.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it has ended already
+
+    async def restart(self, until: Until) -> None:
         """Stop the tree, start the command again, and wait until it is ready. One restart after the other."""
-        with self._restarting:
-            with self._changed:
-                if self._is_over or self._was_stopped:
-                    raise NotRunning("the server is not running any more", "start another one with serve")
-                times = self._times_ready + 1
-                self._is_end_expected = True
-                self._say({"do": control.RESTART})
-            self.wait_until_ready(times)
-            self._is_end_expected = False
+        await self.ready(until, await until(self._changed, self._ask_for_restart))
+
+    def _ask_for_restart(self) -> int:
+        """Which time of being ready it will be; 0 while another one is under way."""
+        if self._is_over or self._was_stopped:
+            raise self._not_running()
+        if self._times_ready < self._times_asked:
+            return 0
+        self._times_asked += 1  # first: while it is said, a signal handler of the caller's may raise something
+        self._say({"do": control.RESTART})
+        return self._times_asked
+
+    def _not_running(self) -> NotRunning:
+        if self._is_the_parents:
+            return NotRunning("the server belongs to the process that this one was forked from", "start another one with serve")
+        return NotRunning("the server is not running any more", "start another one with serve")
 
     def forget(self) -> None:
-        """In a forked child: have no part in the server any more, which is the parent's, as are thread and locks."""
-        self._changed = threading.Condition()
-        self._restarting = threading.Lock()
-        self._is_over = True
+        """In a forked child: have no part in the server any more, which is the parent's, as are thread and lock."""
+        self._changed = Changed()
+        self._was_stopped = self._is_over = self._is_the_parents = True
         if self._control is not None:
             self._control.close()
 
     def _say(self, what: object) -> None:
         try:
             if self._control is not None:
-                self._control.sendall(json.dumps(what).encode() + b"\n")
+                self._control.sendall(json.dumps(what).encode() + b"\n", socket.MSG_NOSIGNAL)
         except OSError:
             pass  # it has ended already
 
@@ -270,7 +354,7 @@ class Driver:
             elif kind == "ended":
                 self.returncode = os.waitstatus_to_exitcode(event["status"])
             elif kind == "error":
-                self._failure = getattr(errors, event["kind"])(self.reword(event["message"]), self.reword(event["hint"]))
+                self._failure = getattr(errors, event["kind"])(*self.reword(event["message"], event["hint"]))
             self._changed.notify_all()
 
     def _listener(self, told: dict[str, Any]) -> Listener:
@@ -292,9 +376,10 @@ def _read(fd: int) -> bytes:
 _drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 
 
-def _forget_all(drivers: Iterable[Driver] = _drivers) -> None:
-    for driver in list(drivers):
+def _begin_as_child() -> None:
+    _starting.release()
+    for driver in list(_drivers):
         driver.forget()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_begin_as_child)

@@ -68,3 +68,5 @@ def listen(spec: str = "127.0.0.1:0", *, backlog: int = 0) -> GuardedSocket:
         return GuardedSocket(sockets.bind_all(parse_listen([spec]), listening=True, backlog=backlog))
     except OSError as error:
         raise PortexecError(f"cannot listen on {spec}: {reason(error)}") from error
+    except UnicodeEncodeError as error:
+        raise UsageError(f"listen: {spec!r} cannot be encoded: {error.reason}", "no file can be called so") from error

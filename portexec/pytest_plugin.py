@@ -1,20 +1,19 @@
 """The pytest plugin: `portexec_server` starts servers for a test, `portexec_session_server` for the whole session.
 
-Both are factories: call them with what `portexec.serve` takes, and get a `portexec.Server`, which is stopped at the end of the
-test or of the session. With pytest-xdist every worker has its own.
+Both are factories: call them with what `portexec.serve` takes, and get a `portexec.Server`. It belongs to the fixture that
+started it, and so to the tests that use this fixture, and is stopped at the end of it; one that no fixture has started belongs
+to the factory. With pytest-xdist every worker has its own.
 
 A failing test shows what its servers wrote, as report sections; what they write until they are stopped follows when the test is
 torn down. When a server died during the test, that is the failure: the client's connection error, which would only hide it,
 becomes its cause. A test that means its server to end says so by `server.wait()`.
-
-A server of the session belongs to the fixture that started it, and so to the tests that use this fixture.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -31,10 +30,8 @@ _PATIENCE = 0.5  # seconds in which the death of what the command runs, as npm d
 _CERTAINTY = 10.0  # seconds for the news of a death that has been seen
 _PF_EXITING = 0x4  # of the flags in /proc/PID/stat, proc_pid_stat(5): set before a process closes its sockets
 
-_SESSION_FACTORY = "portexec_session_server"
-
-_SERVERS = pytest.StashKey["list[_Watched]"]()  # of a test, or of the session
-_FIXTURES = pytest.StashKey["list[str]"]()  # that are being set up, the innermost last
+_SERVERS = pytest.StashKey["list[_Watched]"]()  # of the session: that have not been stopped; of a test: that it has had
+_FIXTURES = pytest.StashKey["list[pytest.FixtureRequest]"]()  # that are being set up, the innermost last
 
 
 class _Watched:
@@ -47,23 +44,14 @@ class _Watched:
         self.shown: str | None = None  # of its output, in a report of this test
         self._death: Exited | None = None
 
-    def death(self, failure: pytest.ExceptionInfo[BaseException] | None = None) -> Exited | None:
-        """How it died by itself, if it did; with this failure as a possible sign of it."""
+    def death(self, patience: float = 0.0) -> Exited | None:
+        """How it died by itself, if it did. The news may take some time to come."""
         if self._death is None:
-            self._death = self.server.died(self._patience(failure))
+            self._death = self.server.died(_CERTAINTY if _is_ending(self.server.pid) else patience)
             if self._death is not None:
                 self._death.output = ""  # it has a section of its own
                 self.server.stop()  # returns when all that it wrote has been read
         return self._death
-
-    def _patience(self, failure: pytest.ExceptionInfo[BaseException] | None) -> float:
-        """How long the news of a death may take to come."""
-        if _is_ending(self.server.pid):
-            return _CERTAINTY
-        # A wrong answer is no sign of a death; other errors may be the first sign that something below the command died.
-        if failure is None or failure.errisinstance((AssertionError, pytest.skip.Exception)):
-            return 0.0
-        return _PATIENCE
 
     def title(self) -> str:
         """Of a section with its output."""
@@ -73,51 +61,62 @@ class _Watched:
 
 
 @pytest.fixture
-def portexec_server(request: pytest.FixtureRequest) -> Generator[Factory, None, None]:
+def portexec_server(request: pytest.FixtureRequest) -> Factory:
     """A function that starts a server for this test: `portexec_server(["npm", "start"])` takes what `portexec.serve` takes."""
-    yield from _factory(request, request.node.stash)
+    return _factory(request)
 
 
-@pytest.fixture(scope="session", name=_SESSION_FACTORY)
-def portexec_session_server(request: pytest.FixtureRequest) -> Generator[Factory, None, None]:
-    """The same for the session: use it in a session fixture of your own, which returns the server."""
-    yield from _factory(request, request.session.stash)
+@pytest.fixture(scope="session")
+def portexec_session_server(request: pytest.FixtureRequest) -> Factory:
+    """The same for fixtures of any scope: use it in one of your own, at whose end the server is stopped."""
+    return _factory(request)
 
 
-def _factory(request: pytest.FixtureRequest, stash: pytest.Stash) -> Generator[Factory, None, None]:
+def _factory(request: pytest.FixtureRequest) -> Factory:
     from portexec.server import serve
 
-    watched = stash.setdefault(_SERVERS, [])
+    running = request.session.stash[_SERVERS]
     fixtures = request.session.stash[_FIXTURES]
-    with ExitStack() as stack:
 
-        def start(command: Any, **options: Any) -> Server:
-            server = stack.enter_context(serve(command, **options))
-            watched.append(_Watched(server, fixtures[-1]))
-            return server
+    def start(command: Any, **options: Any) -> Server:
+        owner = [request, *fixtures][-1]
+        watched = _Watched(serve(command, **options).__enter__(), owner.fixturename or "")
 
-        yield start
-        for each in watched:
-            each.death()  # which cannot be told from our doing once they are stopped
+        def stop() -> None:
+            watched.death()  # which cannot be told from our doing once it is stopped
+            watched.server.stop()
+            running.remove(watched)
+
+        owner.addfinalizer(stop)
+        running.append(watched)
+        return watched.server
+
+    return start
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
-    """Know which fixture starts a server; where none does, all who ask for the factory may have."""
+    """Know which fixture starts a server."""
     __tracebackhide__ = True  # of fixtures that fail, with us or without
-    fixtures = request.session.stash.setdefault(_FIXTURES, [_SESSION_FACTORY])
-    fixtures.append(request.fixturename or "")
+    fixtures = request.session.stash[_FIXTURES]
+    fixtures.append(request)
     try:
         return (yield)
     finally:
         fixtures.pop()
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Begin with nothing."""
+    session.stash[_SERVERS] = []
+    session.stash[_FIXTURES] = []
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Begin anew, also when a test is run again: what has died by now is no affair of this test."""
     item.stash[_SERVERS] = []
-    for each in item.session.stash.get(_SERVERS, []):
+    for each in item.session.stash[_SERVERS]:
         each.is_death_told = each.death() is not None
         each.shown = None
 
@@ -132,29 +131,40 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         call.excinfo = _as_failure(deaths[0], call.excinfo, item)
         report.outcome = "failed"
         report.longrepr = item.repr_failure(call.excinfo)
+    sections = []
     if report.failed:
-        report.sections += [_section(each) for each in watched]
+        sections = [_section(each) for each in watched]
     elif call.when == "teardown":
-        report.sections += [_rest(each) for each in watched if each.shown not in (None, each.server.output)]
+        sections = [_rest(each) for each in watched if each.shown is not None]
+    report.sections += [(title, text) for title, text in sections if text]
     return report
 
 
 def _servers_of(item: pytest.Item) -> list[_Watched]:
-    """Those of the test, and those of the session that its fixtures started."""
+    """Those that the fixtures of the test have started, also those that they have stopped since we looked the last time."""
     # The request knows the fixtures that `getfixturevalue` added, too; only the item leads to it.
     names = getattr(getattr(item, "_request", None), "fixturenames", ())
-    of_the_session = item.session.stash.get(_SERVERS, [])
-    return [*item.stash.get(_SERVERS, []), *(each for each in of_the_session if each.fixture in names)]
+    known = item.stash.setdefault(_SERVERS, [])
+    known += [each for each in item.session.stash[_SERVERS] if each.fixture in names and each not in known]
+    return known
 
 
 def _news(watched: list[_Watched], failure: pytest.ExceptionInfo[BaseException] | None) -> list[Exited]:
     """The deaths that have not been told yet. From now on they have."""
+    end = time.monotonic() + _patience(failure)
     news = []
     for each in watched:
-        if not each.is_death_told and (death := each.death(failure)) is not None:
+        if not each.is_death_told and (death := each.death(end - time.monotonic())) is not None:
             each.is_death_told = True
             news.append(death)
     return news
+
+
+def _patience(failure: pytest.ExceptionInfo[BaseException] | None) -> float:
+    """How long the news of a death may take to come, for all servers together."""
+    # What a test says itself is no sign of a death; other errors may be the first sign that something below a command died.
+    own = (AssertionError, pytest.fail.Exception, pytest.skip.Exception)
+    return 0.0 if failure is None or failure.errisinstance(own) else _PATIENCE
 
 
 def _section(watched: _Watched) -> tuple[str, str]:

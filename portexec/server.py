@@ -1,18 +1,18 @@
 """`portexec.serve`: a server for the length of a `with` block, run by a portexec of its own.
 
-The waiting calls wait for what its `driver` hears; for asyncio and trio they do so in a worker thread of anyio. When the caller
-dies, however that happens, portexec stops the whole tree.
+The calls wait for what its `driver` hears: plain code blocks, a task of asyncio or trio is suspended. When the caller dies,
+however that happens, portexec stops the whole tree.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from portexec.driver import Driver, Listener
+from portexec.driver import Changed, Driver, Listener, Until, block_until
 from portexec.errors import AlreadyEntered, CommandNotAList, Exited, UsageError
 
 T = TypeVar("T")
@@ -74,18 +74,18 @@ class Server(_View):
 
     def wait(self) -> int:
         """Wait until the command has ended by itself or was stopped, and return its `returncode`."""
-        return self._driver.wait()
+        return _block(self._driver.wait)
 
     def stop(self) -> None:
         """Stop the whole tree: TERM, and KILL after `kill_after`. Returns when nothing is left. Once more does nothing."""
-        self._driver.stop()
+        _block(self._driver.stop)
 
     def restart(self) -> None:
         """Stop the whole tree and start the command again on the same number, which stays guarded; wait until it is ready.
 
         Raises `NotRunning` after the end, `Exited` and `NotReady` as the start does; then nothing is left running.
         """
-        self._driver.restart()
+        _block(self._driver.restart)
 
 
 class AsyncServer(_View):
@@ -93,18 +93,18 @@ class AsyncServer(_View):
 
     async def wait(self) -> int:
         """Wait until the command has ended by itself or was stopped, and return its `returncode`."""
-        return await _in_thread(self._driver.wait)
+        return await self._driver.wait(_suspend_until)
 
     async def stop(self) -> None:
         """Stop the whole tree: TERM, and KILL after `kill_after`. Returns when nothing is left. Once more does nothing."""
-        await _to_the_end(self._driver.stop)
+        await _stop_to_the_end(self._driver)
 
     async def restart(self) -> None:
         """Stop the whole tree and start the command again on the same number, which stays guarded; wait until it is ready.
 
         Raises `NotRunning` after the end, `Exited` and `NotReady` as the start does; then nothing is left running.
         """
-        await _in_thread(self._driver.restart)
+        await self._driver.restart(_suspend_until)
 
 
 class Serving:
@@ -123,38 +123,38 @@ class Serving:
         self._claim()
         try:
             self._driver.start()
-            self._driver.wait_until_ready()
+            _block(self._driver.ready)
+            return Server(self._driver)
         except BaseException:
-            self._driver.stop()
+            _block(self._driver.stop)
             raise
-        return Server(self._driver)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._driver.stop()
+        _block(self._driver.stop)
 
     async def __aenter__(self) -> AsyncServer:
         self._claim()
         try:
             self._driver.start()
-            await _in_thread(self._driver.wait_until_ready)
+            await self._driver.ready(_suspend_until)
+            return AsyncServer(self._driver)
         except BaseException:
-            await _to_the_end(self._driver.stop)
+            await _stop_to_the_end(self._driver)
             raise
-        return AsyncServer(self._driver)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await _to_the_end(self._driver.stop)
+        await _stop_to_the_end(self._driver)
 
 
 def serve(
     command: Sequence[str | os.PathLike[str]],
     *,
-    listen: str | Sequence[str] | Mapping[str, str] = (),
+    listen: str | Sequence[str] | Mapping[str, str] | None = None,
     hand_off: str = "auto",
     env: Mapping[str, str | None] | None = None,
-    env_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    env_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     ready: str | None = None,
     ready_timeout: float = 60.0,
     cwd: str | os.PathLike[str] | None = None,
@@ -180,37 +180,57 @@ def serve(
     options += ["--ready", _text("ready", ready)] if ready is not None else []
     options += ["--ready-timeout", _duration("ready_timeout", ready_timeout)]
     options += ["--kill-after", _duration("kill_after", kill_after)]
-    files = [env_file] if isinstance(env_file, (str, os.PathLike)) else env_file
-    options += [word for file in files for word in ("--env-file", os.path.abspath(_text("env_file", file)))]
+    options += [word for file in _texts("env_file", env_file) for word in ("--env-file", os.path.abspath(file))]
     ours = dict(os.environ)
-    for name, value in (env or {}).items():
+    for name, value in _variables(env):
         if value is None:
             ours.pop(name, None)
         else:
-            options += ["--env", f"{_variable(name)}={_text('env', value)}"]
+            options += ["--env", f"{name}={_text('env', value)}"]
     place = None if cwd is None else _text("cwd", cwd)
     return Serving(Driver([*options, "--", *_words(command)], ours, place, kill_after, _in_python))
 
 
-def _in_python(text: str) -> str:
-    """What portexec says of its options, said of the arguments that they were made from."""
+def _in_python(message: str, hint: str) -> tuple[str, str]:
+    """What portexec says of its options, said of the arguments that they were made from. Elsewhere the words are the user's."""
     names = {name.replace("_", "-"): name for name in serve.__annotations__}
-    return re.sub("--([a-z-]+)", lambda found: names.get(found[1], found[0]), text)
+
+    def translate(pattern: str, text: str) -> str:
+        return re.sub(pattern, lambda found: names.get(found[1], found[0]), text)
+
+    return translate("^--([a-z-]+)", message), translate("--([a-z-]+)", hint)
 
 
 def _words(command: Sequence[str | os.PathLike[str]]) -> list[str]:
-    if isinstance(command, (str, bytes, os.PathLike)):
+    if isinstance(command, (str, bytes, os.PathLike)) or not isinstance(command, Iterable):
         raise CommandNotAList(f"command={command!r} is no list", "write a list of its words: ['npm', 'start']")
-    words = [_text("command", word) for word in command]
+    words = _texts("command", command)
     if not words:
         raise UsageError("command=[] is empty", "write a list of its words: ['npm', 'start']")
     return words
 
 
-def _specs(listen: str | Sequence[str] | Mapping[str, str]) -> list[str]:
+def _specs(listen: str | Sequence[str] | Mapping[str, str] | None) -> list[str]:
     if isinstance(listen, Mapping):
         return [f"{_text('listen', name)}={_text('listen', spec)}" for name, spec in listen.items()]
-    return [_text("listen", spec) for spec in ([listen] if isinstance(listen, (str, int)) else listen)]
+    return _texts("listen", listen)
+
+
+def _variables(env: Mapping[str, str | None] | None) -> Iterable[tuple[str, str | None]]:
+    if not isinstance(env or {}, Mapping):
+        raise UsageError(f"env={env!r} is no mapping", "write it as {'NAME': 'value'}")
+    for name, value in (env or {}).items():
+        if not name or "=" in _text("env", name):
+            raise UsageError(f"env: {name!r} cannot be the name of a variable", "write it as {'NAME': 'value'}, without `=`")
+        yield name, value
+
+
+def _texts(argument: str, value: object) -> list[str]:
+    """What `_text` makes of an argument that is one or several; None is none."""
+    if value is None:
+        return []
+    several = value if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [value]
+    return [_text(argument, each) for each in several]
 
 
 def _text(argument: str, value: object) -> str:
@@ -220,13 +240,11 @@ def _text(argument: str, value: object) -> str:
         raise UsageError(f"{argument}: {value!r} is no text", "write it in quotes, or str(...) around it")
     if "\0" in text:
         raise UsageError(f"{argument}: {value!r} has a NUL character", "no program can be given one; leave it out")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{argument}: {value!r} cannot be encoded: {error.reason}", "no program can be given it") from error
     return text
-
-
-def _variable(name: str) -> str:
-    if not name or "=" in _text("env", name):
-        raise UsageError(f"env: {name!r} cannot be the name of a variable", "write it as {'NAME': 'value'}, without `=`")
-    return name
 
 
 def _duration(argument: str, seconds: float) -> str:
@@ -235,22 +253,39 @@ def _duration(argument: str, seconds: float) -> str:
     return f"{seconds:f}s"
 
 
-async def _in_thread(call: Callable[[], T]) -> T:
-    """Make a blocking call in a worker thread that is left to itself when we are cancelled."""
-    import anyio.to_thread
+def _block(call: Callable[[Until], Coroutine[Any, Any, T]]) -> T:
+    """Make a call of the driver that blocks and never suspends."""
+    try:
+        call(block_until).send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("it has suspended")
 
-    return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+
+async def _suspend_until(changed: Changed, condition: Callable[[], int], patience: float | None = None) -> int:
+    """An `Until` of the driver's that suspends the task."""
+    import anyio
+
+    with changed.bell() as bell, anyio.move_on_after(patience):
+        while True:
+            with changed:
+                if result := condition():
+                    return result
+            await anyio.wait_readable(bell)
+            os.eventfd_read(bell)
+    return 0
 
 
-async def _to_the_end(call: Callable[[], None]) -> None:
-    """Make a blocking call that may be repeated, and return when it has, however often we are cancelled meanwhile."""
+async def _stop_to_the_end(driver: Driver) -> None:
+    """Stop it, and return when nothing is left, however often we are cancelled meanwhile."""
     import anyio
 
     cancelled = None
     with anyio.CancelScope(shield=True):
         while True:
             try:
-                await _in_thread(call)
+                await driver.stop(_suspend_until)
                 break
             except anyio.get_cancelled_exc_class() as error:
                 cancelled = error  # by asyncio's Task.cancel(), which knows no shield

@@ -248,6 +248,7 @@ LISTEN_ERRORS: dict[str, tuple[dict[str, Any], type[portexec.PortexecError], str
     "url": ({"spec": "http://127.0.0.1:0"}, portexec.UsageError, "http", "not a URL"),
     "host": ({"spec": "no-such-host.invalid:0"}, portexec.ListenError, "no-such-host", "."),
     "folder": ({"spec": "unix:/no/such/s"}, portexec.ListenError, "/no/such/s: No such file", ""),
+    "surrogate": ({"spec": "unix:/tmp/\ud800"}, portexec.UsageError, "cannot be encoded", ""),
     "file": ({"spec": "unix:/etc/passwd"}, portexec.ListenError, "no socket", "another path"),
     "backlog": ({"backlog": -1}, portexec.UsageError, "-1", "."),
     "great": ({"backlog": 2**40}, portexec.UsageError, str(2**40), "."),

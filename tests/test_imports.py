@@ -72,6 +72,7 @@ ALLOWED = {
     "guarded": {"errors", "sockets", "spec"},
     "driver": {"control", "errors"},
     "server": {"driver", "errors"},
+    "pytest_entry": set(),
     "pytest_plugin": {"errors", "server"},
     "explain": {"activation", "launch", "publish"},
     "supervisor": {"handoff", "sockets", "supervisor.run", "supervisor.signals", "supervisor.spawn"},

@@ -6,6 +6,7 @@ The plugin is not named on any command line here: an installed portexec brings i
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from textwrap import dedent
 
 import pytest
 
+from portexec import pytest_entry
 from tests.support import DEADLINE, ROOT, child, wait_for
 
 pytest_plugins = ["pytester"]
@@ -126,6 +128,64 @@ def test_the_session_shares_one(inner: Inner) -> None:
     assert inner.is_nothing_left()
 
 
+@pytest.mark.parametrize("scope", ["function", "class", "module", "session"])
+def test_a_server_ends_with_the_fixture_that_started_it(inner: Inner, scope: str) -> None:
+    """So that the one of another parameter is stopped before, and can have had the same number."""
+    done = inner.run(
+        f"""
+        class Test:
+            @pytest.fixture(scope={scope!r}, params=["a", "b"])
+            def site(self, request, portexec_session_server):
+                if os.path.exists("notes"):
+                    for line in open("notes"):
+                        assert not os.path.exists(f"/proc/{{line.split()[0]}}")
+                yield note(portexec_session_server(LIGHT, env={{"WHO": request.param}}))
+                say("0 end")
+
+            def test_it(self, site, request):
+                assert ask(site, "/variable/WHO") == request.node.callspec.params["site"]
+
+        def test_bad(): assert 0
+        """
+    )
+    done.assert_outcomes(passed=2, failed=1)
+    assert len(set(inner.pids())) == 3
+    assert [line == "0 end" for line in inner.notes()] == [False, True, False, True]
+    done.stdout.no_fnmatch_line("*portexec: http*")
+    assert inner.is_nothing_left()
+
+
+def test_a_failure_shows_nothing_of_the_server_of_another_parameter(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.fixture(scope="module", params=["a", "b"])
+        def site(request, portexec_session_server):
+            return portexec_session_server(["sh", "-c", f"echo of {request.param}; exec " + " ".join(LIGHT)])
+
+        def test_it(site, request):
+            assert "[b]" not in request.node.name
+        """
+    )
+    done.assert_outcomes(passed=1, failed=1)
+    done.stdout.fnmatch_lines(["*portexec: http*", "of b"])
+    done.stdout.no_fnmatch_line("of a")
+
+
+def test_a_server_of_the_session_that_a_test_starts_stays(inner: Inner) -> None:
+    done = inner.run(
+        """
+        SITES = []
+
+        def test_starts(portexec_session_server):
+            SITES.append(portexec_session_server(LIGHT))
+
+        def test_uses():
+            assert ask(SITES[0])
+        """
+    )
+    done.assert_outcomes(passed=2)
+
+
 def test_a_server_that_does_not_start_is_an_error_with_its_output(inner: Inner) -> None:
     done = inner.run(
         """
@@ -179,6 +239,18 @@ def test_what_comes_after_the_failure_is_shown_too(inner: Inner) -> None:
     )
     done.assert_outcomes(failed=1)
     done.stdout.fnmatch_lines(["*portexec: http*", "serving *", "*portexec: http*, teardown*", "last words"])
+
+
+def test_no_output_makes_no_section(inner: Inner) -> None:
+    done = inner.run(
+        """
+        def test_bad(portexec_server):
+            portexec_server(["sh", "-c", "exec " + " ".join(LIGHT) + " >/dev/null"])
+            assert 0
+        """
+    )
+    done.assert_outcomes(failed=1)
+    done.stdout.no_fnmatch_line("*portexec: http*")
 
 
 # A server that died is the failure.
@@ -467,7 +539,13 @@ def test_it_costs_nothing_where_it_is_not_used(inner: Inner) -> None:
     )
     # anyio has a pytest plugin itself, which is there wherever anyio is.
     inner.run("def test_nothing(): pass", "-p", "no:anyio").assert_outcomes(passed=1)
-    assert inner.notes() == ["portexec.pytest_plugin", "portexec", "portexec.pytest_plugin"]
+    assert inner.notes() == ["portexec.pytest_entry", "portexec", "portexec.pytest_entry", "portexec.pytest_plugin"]
+
+
+@pytest.mark.parametrize(("version", "plugins"), [((7, 4, 4), []), ((8, 0, 0), ["portexec.pytest_plugin"])])
+def test_an_older_pytest_gets_nothing(version: tuple[int, ...], plugins: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest, "version_tuple", version)
+    assert runpy.run_path(pytest_entry.__file__)["pytest_plugins"] == plugins
 
 
 def test_it_is_not_seen_where_it_is_not_used(inner: Inner) -> None:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -330,6 +330,41 @@ async def test_a_wait_can_be_cancelled() -> None:
         assert get(server.url) == greeting(server)
 
 
+@IN_ASYNC_CODE
+async def test_waits_that_are_given_up_leave_nothing() -> None:
+    """No thread, no descriptor, and not the impression that somebody expects the end."""
+    async with portexec.serve(LIGHT) as server:
+        before = (threading.active_count(), descriptors_of().keys())
+        for _ in range(20):
+            with anyio.move_on_after(0):
+                await server.wait()
+        assert (threading.active_count(), descriptors_of().keys()) == before
+        tell(server, "exit/7")
+        assert server.died(DEADLINE) is not None
+
+
+def test_a_wait_that_is_pending_keeps_no_program_from_ending(mark: str) -> None:
+    code = """
+import asyncio, sys, portexec
+async def main():
+    server = await portexec.serve(sys.argv[1:]).__aenter__()
+    asyncio.create_task(server.wait())
+    await asyncio.sleep(0)
+asyncio.run(main())
+"""
+    run_caller(code, *LIGHT)
+    wait_for(lambda: not marked(mark))
+
+
+def test_a_restart_does_not_disturb_who_waits() -> None:
+    with ThreadPoolExecutor(1) as pool, portexec.serve(LIGHT) as server:
+        waiting = pool.submit(server.wait)
+        server.restart()
+        tell(server, "exit/7")
+        assert waiting.result(DEADLINE) == 7
+        assert server.died(DEADLINE) is None
+
+
 def test_stop_may_be_called_by_many_at_once(mark: str) -> None:
     with ThreadPoolExecutor(5) as pool, portexec.serve([*LIGHT, "ignore"], kill_after=0.2) as server:
         for stopping in [pool.submit(server.stop) for _ in range(5)]:
@@ -418,6 +453,61 @@ def test_restarts_by_several_threads() -> None:
             restarting.result(DEADLINE)
         assert get(server.url) == greeting(server)
         assert server.port == number
+
+
+@contextmanager
+def signal_during_a_restart(server: portexec.Server, handler: Callable[[], None]) -> Iterator[list[str]]:
+    """Call a handler in this thread when the old server has ended. The list is not empty any more when it has returned."""
+    pid, called = server.pid, list[str]()
+
+    def handle(*_: object) -> None:
+        try:
+            handler()
+        finally:
+            called.append("called")
+
+    def send() -> None:
+        wait_for(lambda: server.returncode is not None or server.pid != pid)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    usual = signal.signal(signal.SIGUSR1, handle)
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield called
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR1, usual)
+
+
+def is_last_of(starts: int, server: portexec.Server) -> bool:
+    """Whether it runs for the last time of so many, and not for one before."""
+    pid = server.pid
+    wait_for(lambda: server.output.count("\n") == starts)
+    return server.output.endswith(f"serving {pid}\n")
+
+
+def test_a_restart_after_an_interrupted_one() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with portexec.serve(LIGHT) as server:
+        with signal_during_a_restart(server, interrupt) as called, contextlib.suppress(KeyboardInterrupt):
+            server.restart()
+            wait_for(lambda: called)  # it was that quick
+        assert called
+        server.restart()
+        assert is_last_of(3, server)
+        assert get(server.url) == greeting(server)
+
+
+def test_a_restart_by_a_signal_handler_during_one() -> None:
+    with portexec.serve(LIGHT) as server:
+        with signal_during_a_restart(server, server.restart) as called:
+            server.restart()
+            wait_for(lambda: called)
+        assert is_last_of(3, server)
+        assert get(server.url) == greeting(server)
 
 
 async def begin_a_restart(server: portexec.AsyncServer) -> None:
@@ -525,6 +615,38 @@ def test_pythons_own_variables_do_not_disturb() -> None:
     assert int(run_caller(code, *LIGHT, env=os.environ | variables))
 
 
+def test_how_a_caller_takes_its_signals_is_its_own_affair() -> None:
+    """Its server ends by TERM all the same."""
+    code = """
+import signal, sys, portexec
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+with portexec.serve(sys.argv[1:], kill_after=2) as server:
+    pass
+print(server.returncode)
+"""
+    assert int(run_caller(code, *LIGHT)) == -signal.SIGTERM
+
+
+def test_what_else_a_caller_may_have_set() -> None:
+    """A time limit for all its sockets, and what is no place in the path of its modules."""
+    code = """
+import socket, sys, portexec
+serving = portexec.serve([*sys.argv[1:], *["x" * 100_000] * 5])
+socket.setdefaulttimeout(1e-6)
+sys.path += [5, None, b"/x", "/\\0"]
+with serving as server:
+    print(server.port)
+"""
+    assert int(run_caller(code, *LIGHT))
+
+
+def test_many_words() -> None:
+    with portexec.serve([*LIGHT, *["x" * 100_000] * 10]) as server:
+        assert get(server.url) == greeting(server)
+
+
 def test_modules_are_found_where_the_caller_finds_them(tmp_path: Path) -> None:
     """Also where only PYTHONPATH says where they are, as for a Python without a virtual environment of its own."""
     for name in ("anyio", "dotenv", "idna", "sniffio", "exceptiongroup", "typing_extensions"):
@@ -577,6 +699,9 @@ QUOTES = "in quotes"
 # Command, arguments, error, and what has to be in its message and its hint.
 BAD: dict[str, tuple[Any, dict[str, Any], type[portexec.PortexecError], str, str]] = {
     "text": ("npm start", {}, portexec.CommandNotAList, "command='npm start'", LIST),
+    "nothing": (None, {}, portexec.CommandNotAList, "command=None", LIST),
+    "object": (object(), {}, portexec.CommandNotAList, "command=<object", LIST),
+    "surrogate": (["\ud800"], {}, portexec.UsageError, "command: .* cannot be encoded", ""),
     "path": (Path("npm"), {}, portexec.CommandNotAList, "npm", LIST),
     "empty": ([], {}, portexec.UsageError, "empty", LIST),
     "number": (["nice", 5], {}, portexec.UsageError, "command: 5 is no text", r"str\("),
@@ -592,18 +717,26 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[portexec.PortexecError], str, str
     "number spec": (LIGHT, {"listen": 8000}, portexec.UsageError, "listen: 8000", QUOTES),
     "number in list": (LIGHT, {"listen": [0]}, portexec.UsageError, "listen: 0", QUOTES),
     "no name": (LIGHT, {"listen": {"": "0"}}, portexec.UsageError, "empty listener name", "NAME=SPEC"),
+    "float spec": (LIGHT, {"listen": 0.5}, portexec.UsageError, "listen: 0.5 is no text", QUOTES),
+    "bytes spec": (LIGHT, {"listen": b"0"}, portexec.UsageError, "listen: b'0' is no text", QUOTES),
+    "variables in a list": (LIGHT, {"env": ["A=b"]}, portexec.UsageError, "env=", "'NAME': 'value'"),
     "variable": (LIGHT, {"env": {"A=B": "x"}}, portexec.UsageError, "env: 'A=B'", "'NAME': 'value'"),
     "no variable": (LIGHT, {"env": {"": "x"}}, portexec.UsageError, "env: ''", "'NAME': 'value'"),
     "number variable": (LIGHT, {"env": {"A": 1}}, portexec.UsageError, "env: 1", QUOTES),
     "template": ([*LIGHT, "{web.port}"], {}, portexec.UsageError, "web", "listeners are"),
     "env file": (LIGHT, {"env_file": "/no/such"}, portexec.PortexecError, "/no/such: No such file", ""),
+    "number file": (LIGHT, {"env_file": 3}, portexec.UsageError, "env_file: 3 is no text", QUOTES),
     "cwd": (LIGHT, {"cwd": "/no/such"}, portexec.UsageError, "/no/such: No such file", "exists"),
     "cwd file": (LIGHT, {"cwd": "/etc/passwd"}, portexec.UsageError, "/etc/passwd: Not a dir", "directory"),
+    "cwd surrogate": (LIGHT, {"cwd": "\ud800"}, portexec.UsageError, "cwd: .* cannot be encoded", ""),
+    "cwd longest": (LIGHT, {"cwd": "x" * 5000}, portexec.UsageError, "cannot run in x+: File name too long", "directory"),
     "cwd number": (LIGHT, {"cwd": 3}, portexec.UsageError, "cwd: 3", QUOTES),
     "not found": (["no-such-program"], {}, portexec.CommandNotFound, "no-such-program", "installed"),
+    "option": (["--env-file"], {}, portexec.CommandNotFound, "not found: --env-file", "installed"),
+    "option in a path": (LIGHT, {"env_file": "/no/--env-file"}, portexec.PortexecError, "/no/--env-file: No such", ""),
     "not executable": (["/etc/passwd"], {}, portexec.CannotExecute, "Permission denied", "chmod"),
 }
-OPTION = re.compile("--(listen|hand-off|env|ready|kill-after)")  # who writes Python has none of them to change
+OPTION = re.compile("--(listen|hand-off|env|ready|kill-after) ")  # who writes Python has none of them to change
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -622,6 +755,21 @@ def test_bad_input(case: str, mark: str) -> None:
     del caught
     gc.collect()  # warns of what was not closed, which is an error
     assert descriptors_of().keys() == before.keys()
+
+
+def test_nothing_stands_for_the_default() -> None:
+    with portexec.serve(LIGHT, listen=None, env=None, env_file=None, cwd=None, ready=None) as server:
+        assert get(server.url) == greeting(server)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_working_directory_that_may_not_be_entered(tmp_path: Path) -> None:
+    tmp_path.chmod(0)
+    try:
+        with pytest.raises(portexec.UsageError, match=f"cannot run in {tmp_path}: Permission denied"):
+            portexec.serve(LIGHT, cwd=tmp_path).__enter__()
+    finally:
+        tmp_path.chmod(0o700)
 
 
 @IN_ASYNC_CODE
@@ -714,6 +862,34 @@ def test_ctrl_c_while_it_starts(mark: str, tmp_path: Path) -> None:
         assert read_line(calling) == "interrupted"
         assert calling.wait(DEADLINE) == 0
         assert describe(marked(mark)) == []
+
+
+def test_interrupted_while_the_thread_starts(mark: str) -> None:
+    """So that it starts afterwards, and has to see that it is to do nothing."""
+    wait = threading.Event.wait
+
+    def interrupt(event: threading.Event, timeout: float | None = None) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return wait(event, timeout)
+
+    serving = portexec.serve(LIGHT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Event, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            serving.__enter__()
+    wait_for(lambda: not any(thread.name == "portexec" for thread in threading.enumerate()))
+    assert describe(marked(mark)) == []
+
+
+def test_interrupted_when_it_is_ready(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("portexec.server.Server", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        portexec.serve(LIGHT).__enter__()
+    assert describe(marked(mark)) == []
 
 
 def test_many_servers_from_threads(mark: str) -> None:
@@ -896,6 +1072,22 @@ def test_a_portexec_that_is_killed_while_the_server_starts(mark: str) -> None:
     wait_for(lambda: not marked(mark))
 
 
+@pytest.mark.parametrize(("program", "how"), [("true", "status 0"), ("false", "status 1")])
+def test_a_portexec_that_ends_without_a_word(program: str, how: str, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before it has read any of its words, which are more than a socket holds."""
+    monkeypatch.setattr(sys, "executable", f"/bin/{program}")
+    with pytest.raises(portexec.Exited, match=f"portexec ended with {how} .*/bin/{program}"):
+        portexec.serve([*LIGHT, *["x" * 100_000] * 10]).__enter__()
+    assert describe(marked(mark)) == []
+
+
+@pytest.mark.parametrize("python", [None, "", "/no/such"])
+def test_a_caller_without_a_python(python: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(portexec.PortexecError, match=f"cannot start portexec with {python}: "):
+        portexec.serve(LIGHT).__enter__()
+
+
 FORK = """
 import multiprocessing, os, sys, time, warnings, portexec
 warnings.simplefilter("ignore")
@@ -921,6 +1113,35 @@ def test_a_caller_that_forks_and_is_killed(mark: str) -> None:
         wait_for(lambda: not marked(mark))
 
 
+FORK_MEANWHILE = """
+import os, signal, subprocess, sys, threading, warnings, portexec
+warnings.simplefilter("ignore")
+pids = []
+def fork():
+    pids.append(os.fork())
+    if not pids[0]:
+        signal.pause()
+class Popen(subprocess.Popen):
+    def _execute_child(self, *args, **kwargs):  # the pipes are there, the process is not
+        self.forking = threading.Thread(target=fork, daemon=True)
+        self.forking.start()
+        state = f"/proc/self/task/{self.forking.native_id}/stat"
+        while self.forking.is_alive() and open(state).read().rpartition(")")[2].split()[0] != "S":
+            pass
+        super()._execute_child(*args, **kwargs)
+subprocess.Popen = Popen
+with portexec.serve(sys.argv[1:]) as server:
+    print(server.port, flush=True)
+os.kill(pids[0], signal.SIGKILL)
+"""
+
+
+def test_a_fork_by_another_thread_while_the_server_starts(mark: str) -> None:
+    """The child lives on with copies of all that is open then. Neither the start nor the stop waits for its end."""
+    assert int(run_caller(FORK_MEANWHILE, *LIGHT))
+    wait_for(lambda: not marked(mark))
+
+
 FORK_AND_LEAVE = """
 import os, sys, urllib.request, warnings, portexec
 warnings.simplefilter("ignore")
@@ -933,7 +1154,13 @@ with portexec.serve(sys.argv[1:]) as server:
 """
 
 
-@pytest.mark.parametrize("leave", ["sys.exit(5)", "server.stop(); os._exit(5)"])
+WAIT = """try:
+            server.wait()
+        except portexec.NotRunning as error:
+            os._exit(5 if "forked" in error.message and server.died() is None else 6)"""
+
+
+@pytest.mark.parametrize("leave", ["sys.exit(5)", "server.stop(); os._exit(5)", WAIT])
 def test_a_forked_child_does_not_own_the_server(leave: str) -> None:
     """Nor does it wait for it."""
     assert run_caller(FORK_AND_LEAVE.format(leave=leave), *LIGHT).split() == ["5", "True"]
@@ -1015,6 +1242,36 @@ def late():
 """
     assert run_caller(code, *LIGHT)
     assert describe(marked(mark)) == []
+
+
+LEFT_OPEN = {
+    "by a generator": """
+import contextlib, sys, portexec
+@contextlib.contextmanager
+def site():
+    with portexec.serve(sys.argv[1:]) as server:
+        yield server
+manager = site()
+print(manager.__enter__().port, flush=True)
+""",
+    "by an object": """
+import sys, portexec
+class Site:
+    def __init__(self):
+        self.server = portexec.serve(sys.argv[1:]).__enter__()
+    def __del__(self):
+        self.server.stop()
+site = Site()
+print(site.server.port, flush=True)
+""",
+}
+
+
+@pytest.mark.parametrize("code", LEFT_OPEN.values(), ids=LEFT_OPEN)
+def test_left_open_until_the_interpreter_ends(code: str, mark: str) -> None:
+    """It is stopped when no thread runs any more, so nobody can wait for the end."""
+    assert int(run_caller(code, *LIGHT))
+    wait_for(lambda: not marked(mark))
 
 
 # The package.

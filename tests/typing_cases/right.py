@@ -44,7 +44,7 @@ def use_every_option() -> None:
     portexec.serve(("sh", Path("script"), "{port}"), listen="127.0.0.1:0", hand_off="guard", cwd=".", kill_after=1)
     portexec.serve(["npm", "start"], listen=["web=0", "admin=0"], env={"A": "{url}", "B": None}, env_file=Path(".env"))
     portexec.serve(["npm", "start"], listen={"web": "0"}, env_file=[".env", Path("more.env")], ready="http:/health")
-    portexec.serve(["npm", "start"], ready=None, ready_timeout=2.5, cwd=Path.cwd())
+    portexec.serve(["npm", "start"], listen=None, env_file=None, ready=None, ready_timeout=2.5, cwd=Path.cwd())
 
 
 async def use_async() -> None:

@@ -17,7 +17,7 @@ def serve_wrongly() -> None:
     portexec.serve(["npm"], listen={"web": 0})  # wrong
     portexec.serve(["npm"], hand_off=None)  # wrong
     portexec.serve(["npm"], env={"A": 1})  # wrong
-    portexec.serve(["npm"], env_file=None)  # wrong
+    portexec.serve(["npm"], env_file=3)  # wrong
     portexec.serve(["npm"], ready=True)  # wrong
     portexec.serve(["npm"], ready_timeout="60s")  # wrong
     portexec.serve(["npm"], cwd=3)  # wrong
