@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -430,6 +431,39 @@ def test_with_hold_as_well(make_run: MakeRun) -> None:
         run.require_all_there()
         process.kill()
         assert wait_for(run.is_nothing_left)
+
+
+ESCAPING = """
+import os, signal, sys
+def escape(number, frame):
+    for _ in range(3):
+        if not os.fork():
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                signal.pause()
+    os._exit(0)
+signal.signal(signal.SIGTERM, escape)
+open(sys.argv[1], "w").close()
+while True:
+    signal.pause()
+"""
+
+
+@HAND_OFFS
+@pytest.mark.parametrize("turn", range(3))
+def test_what_forks_while_it_is_stopped(make_run: MakeRun, hand_off: str, turn: int, tmp_path: Path) -> None:
+    """Its children leave it, and it ends, between two looks at who is there."""
+    run = make_run("calm", hand_off)
+    up = tmp_path / "up"
+    then = f"until [ -e {up} ]; do sleep 0.01; done; exit 5"
+    servers = " & ".join(2 * [shlex.join([sys.executable, "-c", ESCAPING, str(up)])])
+    words = [*PORTEXEC, "-q", "-H", hand_off, "-k", "200ms", "--ready", "none", "--then", then, "--", "sh", "-c", servers]
+    with run.cleaned_up():
+        assert subprocess.run(["env", f"MARK={run.mark}", *words], timeout=DEADLINE, stdin=subprocess.DEVNULL).returncode == 5
+        assert run.is_nothing_left()
 
 
 # What is not ours stays.

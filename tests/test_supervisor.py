@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import shlex
@@ -284,3 +285,36 @@ def test_sigchld_ignored_by_the_caller_is_no_trouble() -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == 0
     assert int(done.stdout.split()[1], 16) & 1 << signal.SIGCHLD - 1
+
+
+@pytest.mark.parametrize("options", [("-H", "guard"), ("-H", "fd", "--restart", "always"), ("-H", "hold", "--ready", "none")])
+def test_a_stderr_that_nobody_reads_keeps_it_from_no_signal(options: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"x" * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))
+    words = [*PORTEXEC, "-v", *options, "--", "sh", "-c", "echo up; exec sleep 1000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=writer, text=True, start_new_session=True) as process:
+        os.close(writer)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            process.terminate()
+            assert process.wait(DEADLINE) == -signal.SIGTERM
+        finally:
+            kill_group(process.pid)
+            os.close(reader)
+
+
+@pytest.mark.parametrize("options", [("-H", "guard"), ("-H", "guard", "--ready", "listen")])
+def test_int_that_is_ignored_starts_no_clock(options: tuple[str, ...]) -> None:
+    """As of what a shell runs in the background."""
+    script = shlex.join(["exec", *PORTEXEC, "-q", "-k", "0", *options, "--", *child("signals")])
+    words = ["sh", "-c", f"trap '' INT; {script}"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("ready")
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGUSR1)
+            assert "SIGUSR1\n" in [process.stdout.readline(), process.stdout.readline()]
+        finally:
+            kill_group(process.pid)
