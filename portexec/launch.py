@@ -128,6 +128,11 @@ def prepare(chosen: options.Options) -> Launch:
             "only Linux has a hand-off for commands that bind the number themselves",
             "use a server that takes a descriptor, as {fd} in its words",
         )
+    if request.supervision is not None and not sockets.LINUX:
+        raise UsageError(
+            f"{chosen.lifetime()[0]} makes portexec stay as the parent, which it can on Linux only",
+            "leave the options under Lifetime out",
+        )
     if request.supervision is not None:
         request.supervision.require_possible(choice, request.specs)
     listening = choice.hand_off == handoff.FD
