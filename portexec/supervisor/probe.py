@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 NO_ANSWER = 599  # stands for the status of an answer that is no HTTP
+_UNKNOWN = -1  # stands for the inode of an end of which only so much is known that it was accepted
 _MAX_STATUS_LINE = 1 << 13
 _TCP_INFO_SIZE = 104
 _TCP_INFO_UNACKED = 24  # of tcpi_unacked in struct tcp_info, linux/tcp.h; of a listener, the connections in its backlog
@@ -73,25 +74,23 @@ class Probe:
         With `processes`, whether one of those has, where others accept from the same listener. False is also the answer where
         the connection is over and nobody can tell.
         """
-        is_closed = self._is_closed()
+        is_answered = self._is_answered()
         if self._is_reset:
             return processes is None and bool(self._listened & self._listening())
-        if is_closed:
-            return processes is None
         inode = self._find()
-        if inode is None:
-            return None
-        return processes is None or tcp_table.has_open(processes(), inode)
+        if not inode and not is_answered:
+            return None  # or it was over just after we looked at our end, which tells the next time
+        return processes is None or (bool(inode) and tcp_table.has_open(processes(), inode or 0))
 
-    def _is_closed(self) -> bool:
-        """Whether the other end was closed; also finds out whether that was a reset."""
+    def _is_answered(self) -> bool:
+        """Whether anything has come, the end at least; only who has accepted sends that. Also finds out about a reset."""
         try:
-            return not self._socket.recv(1, _socket.MSG_PEEK)
+            self._socket.recv(1, _socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
             self._is_reset = True
-            return True
+        return True
 
     async def get(self, path: str) -> int:
         """The status with which a GET for this path is answered."""
@@ -129,7 +128,7 @@ class Probe:
         return {os.fstat(socket.fileno()).st_ino} if is_listening else set()
 
     def _finder(self) -> Callable[[], int | None]:
-        """A function that tells the inode of the connection's other end, 0 if nobody knows, None until it was accepted.
+        """A function that tells the inode of the connection's other end, None until it was accepted, 0 if it is over.
 
         The first of these that this machine allows; what only counts a backlog does not know who has accepted.
         """
@@ -137,7 +136,7 @@ class Probe:
         if self.listener.path:
             ways = [
                 partial(tcp_table.accepted_unix_inode, os.fstat(self._socket.fileno()).st_ino),
-                lambda: None if tcp_table.unix_backlog(self.listener.path) else 0,
+                lambda: None if tcp_table.unix_backlog(self.listener.path) else _UNKNOWN,
             ]
         else:
             server, client = self._socket.getpeername()[:2], self._socket.getsockname()[:2]
@@ -148,11 +147,12 @@ class Probe:
             ]
         for way in ways:
             try:
-                way()
+                is_blind = way() == 0 and not self._is_answered()
             except OSError:
                 continue
-            return way
-        return lambda: 0
+            if not is_blind:
+                return way
+        return lambda: _UNKNOWN
 
 
 def _status_of(line: bytes) -> int:
@@ -166,4 +166,4 @@ def _status_of(line: bytes) -> int:
 def _none_while_waiting(socket: _socket.socket) -> int | None:
     info = socket.getsockopt(_socket.IPPROTO_TCP, _socket.TCP_INFO, _TCP_INFO_SIZE)
     waiting = int.from_bytes(info[_TCP_INFO_UNACKED : _TCP_INFO_UNACKED + 4], sys.byteorder)
-    return None if waiting else 0
+    return None if waiting else _UNKNOWN
