@@ -74,10 +74,6 @@ class Admission:
         """Seconds until `look_at_gates` is due, None for never."""
         return _GATE_POLL if self._gates else None
 
-    def forget_observer(self) -> None:
-        """Tell nobody any more."""
-        self.observer = Observer()
-
     def descriptors(self) -> set[int]:
         """All that is needed to go on answering."""
         return {self.notify_fd, *(socket.fileno() for guard in self.guards.values() for socket in guard.sockets)}
