@@ -65,6 +65,16 @@ def greets(run: Controlled, url: str) -> bool:
         return client.makefile().read() == f"{number}\n"
 
 
+@pytest.mark.parametrize("hand_off", ["fd", "guard", "hold"])
+def test_the_end_of_a_command_that_ends_at_once(hand_off: str) -> None:
+    """Its start and its end may be found by the same look at what happened; told are both, in this order, every time."""
+    for _ in range(15):
+        with controlled("-q", "-H", hand_off, command=["sh", "-c", "kill -9 $$"]) as run:
+            told = [json.loads(line) for line in run.ours.makefile("rb")]
+            assert [each["event"] for each in told] == ["bound", "started", "ended"]
+            assert told[-1]["status"] == signal.SIGKILL
+
+
 def test_two_restarts_at_once() -> None:
     with controlled() as run:
         first = run.next("ready")

@@ -256,11 +256,9 @@ class _Process:
         attendant = _Attendant(supervised, self)
         try:
             attendant.wait_for_start()
-        except PortexecError as error:
-            self.say(FAILED, error.status, error.message, error.hint)
-        else:
-            self.say(STARTED, supervised.pid)
             attendant.wait_for_end()
+        except PortexecError:
+            pass  # portexec was told
         attendant.stop_tree()
         supervised.release()
         return b"" if attendant.is_orphaned else GO
@@ -289,16 +287,31 @@ class _Attendant(Supervisor):
         super().__init__(supervised, process.diagnosis, process.job.kill_after, is_killed=process.job.is_killed)
         self.process = process
         self.is_orphaned = False  # portexec has gone
+        self._has_reported_start = False
         self._has_reported_end = False
         self.poll.register(process.control, select.POLLIN)
 
     def attend(self, ready: Mapping[int, int]) -> None:
         super().attend(ready)
-        if self.has_ended and not self._has_reported_end:
-            self._has_reported_end = True
-            self.process.say(ENDED, self.wait_status)
+        self._report()
         if self.process.control.fileno() in ready:
             self._hear()
+
+    def _report(self) -> None:
+        """Say that the command was started and that it has ended, in this order, though one poll(2) may find both."""
+        if self.supervised.has_started and not self._has_reported_start:
+            self._has_reported_start = True
+            self._report_start()
+        if self.has_ended and self._has_reported_start and not self._has_reported_end:
+            self._has_reported_end = True
+            self.process.say(ENDED, self.wait_status)
+
+    def _report_start(self) -> None:
+        failure = self.supervised.failure
+        if failure is None:
+            self.process.say(STARTED, self.supervised.pid)
+        else:
+            self.process.say(FAILED, failure.status, failure.message, failure.hint)
 
     def _hear(self) -> None:
         word = self.process.next_word()
