@@ -126,7 +126,7 @@ class Driver:
         self.reword = reword
         self.listeners: dict[str, Listener] = {}
         self.pid = 0
-        self.returncode: int | None = None
+        self.wait_status: int | None = None  # of the command, as waitpid(2) gives it, once it has ended
         self._changed = Changed()
         self._output = bytearray()
         self._times_asked = 1  # to be ready: by the start, and by every restart
@@ -139,6 +139,11 @@ class Driver:
         self._was_stopped = False
         self._is_over = False
         self._is_the_parents = False  # we are a forked child
+
+    @property
+    def returncode(self) -> int | None:
+        """The status of the command, or minus the signal that killed it; None while it runs."""
+        return None if self.wait_status is None else os.waitstatus_to_exitcode(self.wait_status)
 
     def first(self) -> Listener:
         """The first listener."""
@@ -224,9 +229,9 @@ class Driver:
         )
 
     def how_it_ended(self) -> str:
-        """In words, `exit status 3` or `killed by signal 9`."""
-        if self.returncode is not None:
-            return f"exit status {self.returncode}" if self.returncode >= 0 else f"killed by signal {-self.returncode}"
+        """In words, of the command, or of portexec where nobody knows."""
+        if self.wait_status is not None:
+            return errors.how_it_ended(self.wait_status)
         status = self._process.returncode if self._process else 0
         if status < 0:
             return "portexec itself was killed"
@@ -348,11 +353,11 @@ class Driver:
                 self.listeners = {each["name"]: self._listener(each) for each in event["listeners"]}
             if kind == "started":
                 self.pid = event["pid"]
-                self.returncode = None
+                self.wait_status = None
             elif kind == "ready":
                 self._times_ready += 1
             elif kind == "ended":
-                self.returncode = os.waitstatus_to_exitcode(event["status"])
+                self.wait_status = event["status"]
             elif kind == "error":
                 self._failure = getattr(errors, event["kind"])(*self.reword(event["message"], event["hint"]))
             self._changed.notify_all()

@@ -6,6 +6,8 @@ when the command was found but cannot be executed, 127 when it was not found.
 
 from __future__ import annotations
 
+import os
+
 STATUS_TIMEOUT = 124
 STATUS_FAILURE = 125
 STATUS_CANNOT_EXECUTE = 126
@@ -93,6 +95,16 @@ class RefusedError(Exception):
 def reason(error: OSError) -> str:
     """The system's own words for an error, without the number and the path that Python adds."""
     return error.strerror or str(error)
+
+
+def how_it_ended(wait_status: int) -> str:
+    """The end of a command in words, `exit status 3` or `killed by SIGKILL`; the status is one of waitpid(2)."""
+    if not os.WIFSIGNALED(wait_status):
+        return f"exit status {os.WEXITSTATUS(wait_status)}"
+    import signal
+
+    number = os.WTERMSIG(wait_status)
+    return f"killed by {signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'}"
 
 
 def of_status(status: int, message: str, hint: str) -> PortexecError:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from portexec.driver import Changed, Driver, Listener, Until, block_until
-from portexec.errors import AlreadyEntered, CommandNotAList, Exited, UsageError
+from portexec.errors import AlreadyEntered, CommandNotAList, Exited, UsageError, reason
 
 T = TypeVar("T")
 
@@ -180,7 +180,7 @@ def serve(
     options += ["--ready", _text("ready", ready)] if ready is not None else []
     options += ["--ready-timeout", _duration("ready_timeout", ready_timeout)]
     options += ["--kill-after", _duration("kill_after", kill_after)]
-    options += [word for file in _texts("env_file", env_file) for word in ("--env-file", os.path.abspath(file))]
+    options += [word for file in _texts("env_file", env_file) for word in ("--env-file", _absolute("env_file", file))]
     ours = dict(os.environ)
     for name, value in _variables(env):
         if value is None:
@@ -245,6 +245,17 @@ def _text(argument: str, value: object) -> str:
     except UnicodeEncodeError as error:
         raise UsageError(f"{argument}: {value!r} cannot be encoded: {error.reason}", "no program can be given it") from error
     return text
+
+
+def _absolute(argument: str, path: str) -> str:
+    """The path, of a file that is found from the caller's directory."""
+    try:
+        return os.path.abspath(path)
+    except OSError as error:
+        why = reason(error)
+        raise UsageError(
+            f"{argument}: {path} is relative to a directory that is gone: {why}", "write the whole path"
+        ) from error
 
 
 def _duration(argument: str, seconds: float) -> str:

@@ -700,6 +700,17 @@ def test_lazy_told_to_stop_before_it_starts(number: int, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lazy_ends_when_nobody_is_left_to_start_it(tmp_path: Path) -> None:
+    port_file = tmp_path / "port"
+    with running("--lazy", "-H", "fd", "--port-file", str(port_file), "--", "echo", "started") as started:
+        started.url()
+        (shim,) = wait_for(lambda: tree_of(started.process.pid)[1:])
+        os.kill(shim, signal.SIGKILL)
+        assert started.process.communicate(timeout=DEADLINE)[0] == ""
+        assert started.process.returncode == -signal.SIGKILL
+    assert not port_file.exists()
+
+
 def test_lazy_with_a_command_that_cannot_be_executed(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text("#!/no/such/interpreter\n")

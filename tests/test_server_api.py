@@ -573,6 +573,15 @@ def test_files_and_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mon
         assert ask(server, "place") == str(place)
 
 
+def test_an_env_file_beside_a_caller_whose_directory_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "gone"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    place.rmdir()
+    with pytest.raises(portexec.UsageError, match="env_file: one.env is relative to a directory that is gone"):
+        portexec.serve(LIGHT, env_file="one.env")
+
+
 SHOW = """
 import sys
 sys.path.insert(0, {home!r})

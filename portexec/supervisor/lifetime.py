@@ -12,12 +12,11 @@ import os
 import anyio
 
 from portexec import control, supervision
-from portexec.errors import PortexecError, reason
+from portexec.errors import PortexecError, how_it_ended, reason
 from portexec.supervisor import shim as words
 from portexec.supervisor import signals, tree
 from portexec.supervisor.generation import Generation
 from portexec.supervisor.notify import NotifySocket, pass_on
-from portexec.supervisor.reporter import describe
 from portexec.supervisor.succession import Succession
 
 TYPE_CHECKING = False
@@ -97,9 +96,9 @@ class Lifetime:
     def _server_ended(self, last: Generation, error: PortexecError | None) -> None:
         if error is None and self.asked.then:
             when = "before the tests did" if self.tests is not None else "before it was ready"
-            error = PortexecError(f"the server ended {when}: {describe(last.wait_status)}")
+            error = PortexecError(f"the server ended {when}: {how_it_ended(last.wait_status)}")
         elif error is None and not self.server.was_ready and self.asked.ready_for("") != supervision.Ready(supervision.NONE):
-            self.reporter.note(f"the command ended before it was ready: {describe(last.wait_status)}")
+            self.reporter.note(f"the command ended before it was ready: {how_it_ended(last.wait_status)}")
         self._end(Outcome.failed(error) if error else Outcome(last.wait_status))
 
     # The tests.

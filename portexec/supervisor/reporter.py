@@ -89,13 +89,3 @@ async def _write(fd: int, data: bytes) -> None:
         if not poll.poll(0):
             await anyio.wait_writable(fd)
         data = data[os.write(fd, data[: select.PIPE_BUF]) :]
-
-
-def describe(wait_status: int) -> str:
-    """How a command ended, in words."""
-    if not os.WIFSIGNALED(wait_status):
-        return f"exit status {os.WEXITSTATUS(wait_status)}"
-    import signal
-
-    number = os.WTERMSIG(wait_status)
-    return f"killed by {signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'}"

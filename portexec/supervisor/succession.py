@@ -13,12 +13,11 @@ from functools import partial
 import anyio
 
 from portexec import supervision
-from portexec.errors import NotReady, PortexecError, reason
+from portexec.errors import NotReady, PortexecError, how_it_ended, reason
 from portexec.handoff import GUARD
 from portexec.supervisor import progress, signals
 from portexec.supervisor.generation import Generation
 from portexec.supervisor.readiness import Readiness
-from portexec.supervisor.reporter import describe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -119,9 +118,11 @@ class Succession:
                 await self._follow_up(generation)
 
     async def _wait_for_client(self, generation: Generation) -> None:
-        """Begin at the first connection, unless it is stopped before."""
+        """Begin at the first connection, unless it is stopped before, or the shim is killed, which is heard after that."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_wait_and_cancel, generation.gone.wait, tasks.cancel_scope)
+            killed = partial(anyio.wait_readable, generation.shim.control)
+            tasks.start_soon(_wait_and_cancel, killed, tasks.cancel_scope)
             for listener in self.launch.bound.listeners:
                 if listener.socket is not None:
                     client = partial(anyio.wait_readable, listener.socket.fileno())
@@ -212,7 +213,7 @@ class Succession:
     async def _restart(self, generation: Generation) -> None:
         if generation.ready_since is not None and time.monotonic() - generation.ready_since > _GOOD_TIME:
             self._delay = _FIRST_DELAY
-        self.reporter.note(f"the command ended ({describe(generation.wait_status)}); restart in {self._delay:g} s")
+        self.reporter.note(f"the command ended ({how_it_ended(generation.wait_status)}); restart in {self._delay:g} s")
         await anyio.sleep(self._delay)
         self._delay = min(2 * self._delay, _LONGEST_DELAY)
         if not self.is_over:
@@ -275,7 +276,7 @@ class Succession:
                 self.reporter.detail("the new generation is ready, the old one is told to end")
                 signals.send(old.shim.pid, _signal.SIGTERM)
             elif not self.is_over:
-                how = new.failure.message if new.failure else describe(new.wait_status)
+                how = new.failure.message if new.failure else how_it_ended(new.wait_status)
                 what_now = "and the old one has ended meanwhile" if old.ended.is_set() else "the old one goes on"
                 self.reporter.error(f"the new generation was not ready, {what_now}: {how}")
 
