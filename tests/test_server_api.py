@@ -578,7 +578,7 @@ def test_an_env_file_beside_a_caller_whose_directory_is_gone(tmp_path: Path, mon
     place.mkdir()
     monkeypatch.chdir(place)
     place.rmdir()
-    with pytest.raises(portexec.UsageError, match="env_file: one.env is relative to a directory that is gone"):
+    with pytest.raises(portexec.UsageError, match=r"env_file: one\.env is relative to a directory that is gone"):
         portexec.serve(LIGHT, env_file="one.env")
 
 
