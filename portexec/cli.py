@@ -53,6 +53,8 @@ def _run(chosen: options.Options) -> int:
     if not chosen.command:
         raise UsageError("no command to run", f"it comes last: {options.USAGE}")
     kill_after = options.kill_after(chosen)
+    if any("unix:" in text for text in chosen.listen):
+        _leave_no_socket_behind()
     launch = prepare(chosen)
     if chosen.dry_run:
         return _show_plan(launch, as_json=chosen.json)
@@ -63,6 +65,22 @@ def _run(chosen: options.Options) -> int:
     except BaseException:
         launch.bound.remove_paths()
         raise
+
+
+def _leave_no_socket_behind() -> None:
+    """Have a signal that ends us first remove what we have made in the file system.
+
+    That is for the time until a parent hears signals in its own way, or the command is executed; exec gives it the defaults.
+    """
+    from portexec import unix_sockets
+
+    def end(number: int, _: object) -> None:
+        unix_sockets.remove_all()
+        _die_by(number)
+
+    for number in unix_sockets.ENDING_SIGNALS:
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, end)
 
 
 def _stay(launch: Launch, asked: Supervision, chosen: options.Options) -> int:

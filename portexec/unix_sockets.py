@@ -7,6 +7,7 @@ listens, a launch holds the mutex of that path, so that none takes another's fre
 
 from __future__ import annotations
 
+import _signal
 import _socket
 import binascii
 import errno
@@ -16,8 +17,12 @@ import time
 
 from portexec.errors import ListenError
 
+ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)
+
 _MUTEX_TRIES = 400
 _MUTEX_PAUSE = 0.005  # seconds
+
+_made: dict[str, tuple[int, int] | None] = {}  # what this process has in the file system: paths, with their `file`
 
 
 def listen(socket: _socket.socket, path: str, backlog: int) -> tuple[int, int] | None:
@@ -30,9 +35,10 @@ def listen(socket: _socket.socket, path: str, backlog: int) -> tuple[int, int] |
         socket.listen(backlog)
         return None
     mutex = _take_mutex(path)
+    mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, ENDING_SIGNALS)  # while there may be a file of which nobody knows
     try:
         _bind_path(socket, path)
-        made = file(path)
+        made = _made[path] = file(path)
         try:
             socket.listen(backlog)
         except BaseException:
@@ -40,6 +46,7 @@ def listen(socket: _socket.socket, path: str, backlog: int) -> tuple[int, int] |
             raise
         return made
     finally:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
         mutex.close()
 
 
@@ -64,6 +71,13 @@ def remove(path: str, made: tuple[int, int] | None) -> None:
             os.unlink(path)
         except OSError:
             pass
+    _made.pop(path, None)
+
+
+def remove_all() -> None:
+    """Remove all that this process has made and not yet removed."""
+    for path, made in list(_made.items()):
+        remove(path, made)
 
 
 def _take_mutex(path: str) -> _socket.socket:

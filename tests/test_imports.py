@@ -195,6 +195,7 @@ ALLOWED = {
         "supervisor.run",
         "supervisor.shim",
         "supervisor.stay",
+        "unix_sockets",
     },
 }
 

@@ -302,6 +302,19 @@ def test_before_the_server_is_ready(make_run: MakeRun, temper: str, hand_off: st
         assert wait_for(run.is_nothing_left)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_as_soon_as_something_is_there(make_run: MakeRun, number: signal.Signals) -> None:
+    """The socket's file comes long before there is a parent that hears signals."""
+    run = make_run("calm", "fd")
+    for _ in range(5):
+        with run.started() as process:
+            while not any(run.files.iterdir()):
+                pass
+            process.send_signal(number)
+            assert process.wait(DEADLINE) == -number
+            assert wait_for(run.is_nothing_left)
+
+
 @HAND_OFFS
 @STOPS
 def test_without_tests(make_run: MakeRun, hand_off: str, number: signal.Signals) -> None:

@@ -212,6 +212,23 @@ def test_other_clients_in_the_backlog_do_not_blur_it() -> None:
                 assert server.says("pending PORT 1") == "waiting 1"
 
 
+def test_what_has_ended_is_not_ready_any_more() -> None:
+    """It has accepted and ended while portexec could not look, which then finds both at once."""
+    for _ in range(5):
+        with serving("-H", "fd") as server:
+            parent = int(status_of(server.pid)["PPid"])
+            server.listens("fd")
+            server.says("pending PORT 1")
+            server.process.send_signal(signal.SIGSTOP)
+            assert wait_for(lambda pid=server.process.pid: status_of(pid)["State"].startswith("T"))  # type: ignore[misc]
+            server.do("accept PORT", "exit 3")
+            assert wait_for(lambda pid=server.pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
+            assert wait_for(lambda pid=parent: status_of(pid)["State"].startswith("S"))  # type: ignore[misc]  # it has told
+            server.process.send_signal(signal.SIGCONT)
+            server.started.line("^portexec: note: the command ended before it was ready: exit status 3$")
+            assert server.ended() == 3
+
+
 def test_other_clients_in_the_backlog_where_sock_diag_is_refused() -> None:
     """The backlog as a whole is counted: ready when it is empty."""
     with (
@@ -446,6 +463,13 @@ def test_notify_says_which_process_is_the_main_one(notify: str) -> None:
     with serving("-H", "fd", "--ready", notify) as server:
         server.do("notify MAINPID=4711", "notify MAINPID=x\\nREADY=1")
         assert server.ready()["command_pid"] == 4711
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "12345678901", "\u0661", "-1", "0x1", ""])
+def test_notify_with_a_main_process_that_is_none(number: str) -> None:
+    with serving("-H", "fd", "--ready", "notify") as server:
+        server.do(f"notify MAINPID={number}\\nREADY=1")
+        assert server.ready()["command_pid"] == server.pid
 
 
 def test_the_name_of_the_notify_socket(tmp_path: Path) -> None:

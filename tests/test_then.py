@@ -12,15 +12,17 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.obedience import port_of
 from tests.support import DEADLINE, PORTEXEC, Running, child, run, running, status_of, wait_for
 from tests.test_supervisor import is_gone, on_a_terminal
 
@@ -30,6 +32,7 @@ BY_NUMBER = pytest.mark.parametrize("hand_off", ["guard", "hold"])
 SERVER = child("obeying")
 ENDED = r"^portexec: error: .*ended.*"
 CTRL_C = b"\x03"
+WITHOUT_CORE_FILES = ["/bin/sh", "-c", 'ulimit -c 0; exec "$@"', "sh"]
 STAY = "exec sleep 1000"  # tests that go on until they are stopped
 IPV6 = pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="needs IPv6")
 
@@ -413,6 +416,24 @@ def test_tests_that_ignore_term_are_killed_when_the_server_has_ended() -> None:
         assert is_gone(tests)
 
 
+def test_the_tests_are_stopped_before_all_that_the_server_leaves_is(tmp_path: Path) -> None:
+    """What it leaves ignores TERM, and has an hour. The tests do not run on meanwhile against a server that has gone."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = ["sh", "-c", f"trap '' TERM; sleep 1000 & read line <{gate}; exit 3"]
+    never = tmp_path / "never"
+    os.mkfifo(never)
+    then = f"trap 'echo told; exit 0' TERM; echo tests; read line <{never}"
+    with running("-q", "-k", "1h", "-H", "fd", "--ready", "none", "--then", then, "--", *server) as started:
+        assert next_line(started) == "tests"
+        gate.write_text("a line\n")
+        assert next_line(started) == "told"
+        started.process.terminate()  # at once
+        _, said = started.process.communicate(timeout=DEADLINE)
+        assert started.process.returncode == 125
+        assert re.search(ENDED + "exit status 3$", said, re.MULTILINE)
+
+
 def test_a_server_that_goes_into_the_background_has_ended() -> None:
     """What it leaves behind has no parent that could tell how it ends."""
     done = run_then(STAY, "-H", "guard", server=["sh", "-c", f"{shlex.join(SERVER)} & read line; exit 0"])
@@ -447,6 +468,26 @@ def test_told_to_stop_before_the_server_is_ready(hand_off: str, tmp_path: Path) 
         started.process.terminate()
         assert started.process.wait(DEADLINE) == -signal.SIGTERM
         assert next_line(started) == ""
+
+
+@BY_NUMBER
+def test_a_server_that_becomes_ready_while_it_is_stopped_gets_no_tests(hand_off: str, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    server = [*SERVER, f"gate={gate}", "on=SIGTERM:stay", "on=SIGUSR1:end"]
+    with running("-v", "-k", "1h", "-H", hand_off, "--then", "echo tests", "--", *server) as started:
+        assert next_line(started) == "waiting"
+        started.process.terminate()
+        assert next_line(started) == "SIGTERM"
+        gate.write_text("")
+        served = pid_in(next_line(started), "serving")
+        address = ("127.0.0.1", port_of(started.url()))
+        with wait_for(lambda: socket.create_connection(address, DEADLINE)) as client:
+            client.sendall(b"variable PORT\n")
+            assert client.recv(100)
+        os.kill(served, signal.SIGUSR1)
+        out, _ = started.process.communicate(timeout=DEADLINE)
+        assert (out, started.process.returncode) == ("SIGUSR1\n", -signal.SIGTERM)
 
 
 @TOGETHER
@@ -561,6 +602,30 @@ def test_ctrl_c_while_the_server_starts(hand_off: str, tmp_path: Path) -> None:
         terminal.press(CTRL_C)
         assert terminal.status() == -signal.SIGINT
         assert "tests" not in terminal.unread
+
+
+@pytest.mark.parametrize("options", [(), ("--restart", "always")], ids=["", "restarted"])
+def test_ctrl_backslash_ends_both_whoever_is_first(options: Sequence[str]) -> None:
+    for _ in range(5):
+        words = ["-q", *options, "-H", "fd", "--then", f"echo tests $$; {STAY}", "--", *SERVER]
+        with terminal_with(*WITHOUT_CORE_FILES, *PORTEXEC, *words) as terminal:
+            pids = terminal.pids()
+            terminal.press(b"\x1c")
+            assert terminal.status() == -signal.SIGQUIT
+            assert all(is_gone(pid) for pid in pids)
+
+
+def test_ctrl_backslash_is_a_question_to_some(tmp_path: Path) -> None:
+    never = tmp_path / "never"
+    os.mkfifo(never)
+    trap = "trap 'echo threads; exit 131' QUIT"
+    server = [*SERVER, "on=SIGQUIT:stay"]
+    then = f"{trap}; echo tests $$; read line <{never}"
+    with terminal_with(*PORTEXEC, "-q", "-H", "fd", "--then", then, "--", *server) as terminal:
+        terminal.pids()
+        terminal.press(b"\x1c")
+        terminal.find("threads", "SIGQUIT")
+        assert terminal.status() == 131
 
 
 def test_tests_that_end_well_after_ctrl_c_end_by_it_all_the_same() -> None:
@@ -737,6 +802,27 @@ def test_below_nohup_it_survives_its_terminal(hand_off: str, tmp_path: Path) -> 
         gate.write_text("a line\n")
         assert terminal.status() == 0
         assert lines_of(output.read_text()) == ["tests", "went on"]
+
+
+def test_a_hup_for_what_has_survived_its_terminal_is_from_somebody_else(tmp_path: Path) -> None:
+    """The shell that left it running has gone. Who sends a HUP now means a replacement."""
+    shell = shutil.which("bash") or pytest.skip("needs bash")
+    output = tmp_path / "output"
+    words = shlex.join([*PORTEXEC, "-v", "-H", "fd", "--restart", "on-failure", "--ready", "none", "--", *SERVER])
+    with terminal_with(shell, "--norc", "--noprofile", "-i") as terminal:
+        terminal.press(f"{words} </dev/null >{output} 2>&1 & disown\n".encode())
+        pid = int(terminal.find(r"\[1\] (\d+)")[0][1])
+        try:
+            assert wait_for(lambda: "ready after" in output.read_text())
+            terminal.hang_up()
+            terminal.status()
+            os.kill(pid, signal.SIGHUP)
+            assert wait_for(lambda: "the new generation is ready" in output.read_text())
+            os.kill(pid, signal.SIGTERM)
+            assert wait_for(lambda: is_gone(pid))
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @TOGETHER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal
+import re
 import time
 
 import anyio
@@ -15,6 +16,9 @@ from portexec.supervisor.shim import Shim
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+_PID = re.compile("[0-9]{1,10}")
 
 
 class Generation:
@@ -31,6 +35,7 @@ class Generation:
         self.failure: PortexecError | None = None
         self.status_text = ""  # what it said by STATUS=
         self.ready_since: float | None = None
+        self.ended_at = 0.0  # time.monotonic(), as is that above
         self.started = anyio.Event()  # executed
         self.ready = anyio.Event()
         self.ended = anyio.Event()  # the command itself
@@ -54,7 +59,7 @@ class Generation:
     def stop(self, word: bytes = words.STOP) -> None:
         """Stop its tree, with STOP or KILL. A shim that Ctrl-Z has stopped has to go on for that."""
         if self.began is None:
-            self.ended.set()
+            self._end()
             self.gone.set()
         elif not self.shim.is_gone:
             self.shim.tell(word)
@@ -76,8 +81,8 @@ class Generation:
 
     def take_notification(self, fields: Mapping[str, str]) -> None:
         """Take what the command said to its service manager, sd_notify(3)."""
-        self.status_text = fields.get("STATUS", self.status_text)
-        if fields.get("MAINPID", "").isdecimal():
+        self.status_text = "".join(filter(str.isprintable, fields.get("STATUS", self.status_text)))
+        if _PID.fullmatch(fields.get("MAINPID", "")):
             self._main_pid = int(fields["MAINPID"])
         if fields.get("READY") == "1":
             self.said_ready.set()
@@ -96,9 +101,9 @@ class Generation:
             self.failure = of_status(int(fields[0]), fields[1], fields[2])
         elif kind == words.ENDED:
             self.wait_status = int(fields[0])
-            self.ended.set()
+            self._end()
         elif kind == words.GONE:
-            self.ended.set()
+            self._end()
             self.gone.set()
         else:
             self._take_last(kind, fields)
@@ -109,5 +114,10 @@ class Generation:
             self.failure = PortexecError(f"cannot start the command: {fields[0]}")
         elif not self.ended.is_set():
             self.wait_status = _signal.SIGKILL
-        self.ended.set()
+        self._end()
         self.gone.set()
+
+    def _end(self) -> None:
+        if not self.ended.is_set():
+            self.ended_at = time.monotonic()
+            self.ended.set()

@@ -43,7 +43,10 @@ class Outcome:
 
 
 class Lifetime:
-    """One run. The first shim of the pool is prepared, and told to go unless the start is lazy."""
+    """One run. The first shim of the pool is prepared, and told to go unless the start is lazy.
+
+    `had_terminal`: at its begin it had one, which may be gone by now.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,8 @@ class Lifetime:
         inbox: signals.Inbox,
         notify: NotifySocket | None,
         reporter: Reporter,
+        *,
+        had_terminal: bool,
     ) -> None:
         self.launch = launch
         self.asked = asked
@@ -62,17 +67,25 @@ class Lifetime:
         self.reporter = reporter
         self.outcome = Outcome(0)  # not before it is over
         self.tests: Generation | None = None
-        self._had_terminal = signals.has_terminal()
+        self._had_terminal = had_terminal
         self._over = anyio.Event()  # the outcome is known
         self._hurry = anyio.Event()  # told twice to stop
         self._is_graceful = False  # what runs was told by the terminal to stop
+        self._was_quit = False  # by the terminal, which some take for a question (JVMs print their threads) and go on
 
     async def run(self) -> Outcome:
         """From the first start to the last process gone."""
         async with anyio.create_task_group() as tasks:
             self.tasks = tasks
             self.server = Succession(
-                self.launch, self.asked, self.pool, self.reporter, tasks, on_ready=self._start_tests, on_end=self._server_ended
+                self.launch,
+                self.asked,
+                self.pool,
+                self.reporter,
+                tasks,
+                on_ready=self._start_tests,
+                on_each_end=self._look_for_reason,
+                on_end=self._server_ended,
             )
             tasks.start_soon(self._follow_signals)
             if self.notify is not None:
@@ -92,6 +105,12 @@ class Lifetime:
         if not self._over.is_set():
             self.outcome = outcome
             self._over.set()
+
+    def _look_for_reason(self, generation: Generation) -> None:
+        """End the run when a command has ended of what the terminal sent to all of us, whichever ended first."""
+        self._take_signals()
+        if self._was_quit and signals.has_died_of(generation.wait_status, _signal.SIGQUIT):
+            self._end(Outcome(generation.wait_status))
 
     def _server_ended(self, last: Generation, error: PortexecError | None) -> None:
         if error is None and self.asked.then:
@@ -119,6 +138,7 @@ class Lifetime:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(tests.listen)
             await tests.ended.wait()
+            self._look_for_reason(tests)
             self._end(Outcome.failed(tests.failure) if tests.failure else Outcome(tests.wait_status))
         self.pool.live.remove(tests)
 
@@ -151,10 +171,14 @@ class Lifetime:
     async def _follow_signals(self) -> None:
         while True:
             await anyio.wait_readable(self.inbox)
-            for signal in self.inbox.read():
-                self._handle(signal)
+            self._take_signals()
+
+    def _take_signals(self) -> None:
+        for signal in self.inbox.read():
+            self._handle(signal)
 
     def _handle(self, signal: signals.Received) -> None:
+        self._was_quit = self._was_quit or (signal.number == _signal.SIGQUIT and signal.from_terminal)
         if signal.number == _signal.SIGCHLD:
             self._reap()
         elif self._is_to_stop(signal) and not signals.is_ignored(signal.number):
@@ -173,8 +197,12 @@ class Lifetime:
         self._end(Outcome(signal.number))
 
     def _is_to_stop(self, signal: signals.Received) -> bool:
-        """TERM, INT, and the hang-up of a terminal, from the kernel or passed on by the shell that was its leader."""
-        has_hung_up = signal.from_terminal or (self._had_terminal and not signals.has_terminal())
+        """TERM, INT, and the hang-up of a terminal, from the kernel or passed on by the shell that led its session.
+
+        Who lives on when the terminal has gone may still be sent a HUP by others, who mean a replacement.
+        """
+        is_from_leader = self._had_terminal and signal.sender == os.getsid(0) and not signals.has_terminal()
+        has_hung_up = signal.from_terminal or is_from_leader
         return signal.number in signals.STOP_REQUESTS or (signal.number == _signal.SIGHUP and has_hung_up)
 
     def _reap(self) -> None:

@@ -21,7 +21,7 @@ from portexec.supervisor.probe import Probe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _RETRY = 0.05  # seconds between two attempts of which the first has shown that it is too early
 _LONGEST_ANSWER = 30.0  # seconds for one GET; then another is tried
@@ -33,7 +33,7 @@ _POLLS = 1000  # and at least this part of what was waited so far, so that long 
 class Readiness:
     """How one generation of a command becomes ready.
 
-    `is_shared`: another generation accepts from the same sockets, so that it matters who has accepted.
+    `is_shared`: whether another generation accepts from the same sockets at the moment, so that it matters who has accepted.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Readiness:
         generation: Generation,
         *,
         is_admitted: bool,
-        is_shared: bool,
+        is_shared: Callable[[], bool],
     ) -> None:
         self.ready = ready
         self.listeners = [listener for listener in listeners if listener.kind != "udp"]
@@ -83,6 +83,7 @@ class Readiness:
         missing, verb = self._missing, "accept a connection"
         if self.ready.form == supervision.LISTEN:
             missing, verb = [listener for listener in self.listeners if not self._is_listening(listener)], "listen"
+        missing = missing or self.listeners  # it does by now
         return f"{verb} on {', '.join(listener.path or f'{listener.host}:{listener.port}' for listener in missing)}"
 
     async def _listens(self, listener: Listener) -> None:
@@ -126,7 +127,7 @@ class Readiness:
 
     async def _is_accepted(self, probe: Probe) -> bool:
         """Wait until the command, this generation of it, has accepted the connection. False where it is over."""
-        while (is_taken := probe.is_taken(self._processes if self.is_shared else None)) is None:
+        while (is_taken := probe.is_taken(self._processes if self.is_shared() else None)) is None:
             await self._pause()
         return is_taken
 
@@ -138,7 +139,7 @@ class Readiness:
         while True:
             await self._listens(listener)
             with Probe(listener) as probe, anyio.move_on_after(_LONGEST_ANSWER):
-                is_asked = await self._is_connected(probe) and (not self.is_shared or await self._is_accepted(probe))
+                is_asked = await self._is_connected(probe) and (not self.is_shared() or await self._is_accepted(probe))
                 if is_asked and await probe.get(self.ready.argument) < 500:
                     return
             await anyio.sleep(_RETRY)

@@ -281,11 +281,7 @@ class Supervisor:
                 self._handle(signal)
 
     def _died_of_ctrl_c(self) -> bool:
-        died = self.has_ended and (
-            (os.WIFSIGNALED(self.wait_status) and os.WTERMSIG(self.wait_status) == _signal.SIGINT)
-            or (os.WIFEXITED(self.wait_status) and os.WEXITSTATUS(self.wait_status) == 128 + _signal.SIGINT)
-        )
-        return self.was_interrupted and died
+        return self.was_interrupted and self.has_ended and signals.has_died_of(self.wait_status, _signal.SIGINT)
 
     def _wait_until(self, is_reached: Callable[[], bool]) -> None:
         while not (is_reached() or self.is_told_to_stop or self.is_overdue()):

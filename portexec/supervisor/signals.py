@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import _signal
 import os
-import sys
+import struct
 
 from portexec.supervisor import libc
 
@@ -35,18 +35,19 @@ FORWARDED = frozenset(
 STOP_REQUESTS = frozenset({_signal.SIGTERM, _signal.SIGINT})
 _JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU})
 
-# signalfd_siginfo begins with the number, an errno and the code; it is 128 bytes long.
 _INFO_SIZE = 128
+_INFO = struct.Struct("IiiI")  # the begin of struct signalfd_siginfo: number, errno, code and the sender's pid
 _SENT_BY_KERNEL = 0x80  # SI_KERNEL, sigaction(2)
 
 
 class Received:
-    """One signal. `from_terminal`: the kernel sent it, and so to the whole foreground group."""
+    """One signal. `from_terminal`: the kernel sent it, and so to the whole foreground group; else `sender` is a pid."""
 
-    __slots__ = ("from_terminal", "number")
+    __slots__ = ("from_terminal", "number", "sender")
 
-    def __init__(self, number: int, from_terminal: bool) -> None:
+    def __init__(self, number: int, sender: int, *, from_terminal: bool) -> None:
         self.number = number
+        self.sender = sender
         self.from_terminal = from_terminal
 
 
@@ -77,16 +78,16 @@ class Inbox:
             except BlockingIOError:
                 return received
             for at in range(0, len(data), _INFO_SIZE):
-                number = int.from_bytes(data[at : at + 4], sys.byteorder)
-                code = int.from_bytes(data[at + 8 : at + 12], sys.byteorder, signed=True)
-                received.append(Received(number, code == _SENT_BY_KERNEL))
+                number, _, code, sender = _INFO.unpack_from(data, at)
+                received.append(Received(number, sender, from_terminal=code == _SENT_BY_KERNEL))
 
     def restore(self) -> None:
         """Give signals the mask and the disposition that they had; called in the child and before portexec itself executes."""
         if self.child_handler_before is not None:
             _signal.signal(_signal.SIGCHLD, self.child_handler_before)
-        if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-            _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+        for number in (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM):
+            if callable(_signal.getsignal(number)):
+                _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, self.mask_before)
 
     def close(self) -> None:
@@ -117,6 +118,13 @@ def reap() -> Iterator[tuple[int, int]]:
         if pid == 0:
             return
         yield pid, status
+
+
+def has_died_of(wait_status: int, number: int) -> bool:
+    """Whether a command ended by this signal, or after it had caught it, as shells say so."""
+    if os.WIFSIGNALED(wait_status):
+        return os.WTERMSIG(wait_status) == number
+    return os.WIFEXITED(wait_status) and os.WEXITSTATUS(wait_status) == 128 + number
 
 
 def is_ignored(number: int) -> bool:

@@ -11,7 +11,7 @@ from portexec.supervisor import libc, seccomp, tree
 from portexec.supervisor.notify import VARIABLE, NotifySocket
 from portexec.supervisor.reporter import Reporter
 from portexec.supervisor.shim import GO, PREPARE, Job, Shim
-from portexec.supervisor.signals import Inbox
+from portexec.supervisor.signals import Inbox, has_terminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ class Stay:
         self.reporter = Reporter(
             launch, ready_fd=asked.ready_fd, control_fd=asked.control_fd, is_quiet=quiet, is_verbose=verbose
         )
+        self.inbox = Inbox()  # first: from now on no signal ends us with something left behind
+        self.had_terminal = has_terminal()
         self.notify = self._make_notify_socket()
-        self.inbox = Inbox()
         self.began: float | None = None
         self.others = tree.children()
         libc.prctl(seccomp.PR_SET_CHILD_SUBREAPER, 1)  # what a shim leaves behind that is killed becomes ours
@@ -81,7 +82,8 @@ class Stay:
         from portexec.supervisor import lifetime, pool
 
         shims = pool.Pool(self.shim, self.began, self._job_for, self.inbox, self.others)
-        return lifetime.run(lifetime.Lifetime(self.launch, self.asked, shims, self.inbox, self.notify, self.reporter))
+        ours = (self.launch, self.asked, shims, self.inbox, self.notify, self.reporter)
+        return lifetime.run(lifetime.Lifetime(*ours, had_terminal=self.had_terminal))
 
     def _make_notify_socket(self) -> NotifySocket | None:
         ready = self.asked.ready

@@ -41,8 +41,8 @@ _REPLACEMENT_TIMEOUT = 60.0  # seconds for a new generation to become ready, whe
 class Succession:
     """The generations of one server, of which `current` is the one that counts.
 
-    `on_ready` is called when it is ready for the first time; `on_end` when it has ended for good, with the last generation
-    or with the error that there is no other.
+    `on_ready` is called when it is ready for the first time; `on_each_end` when a generation has ended, before anything follows
+    from that; `on_end` when the server has ended for good, with the last generation or with the error that there is no other.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Succession:
         tasks: TaskGroup,
         *,
         on_ready: Callable[[], None],
+        on_each_end: Callable[[Generation], None],
         on_end: Callable[[Generation, PortexecError | None], None],
     ) -> None:
         self.launch = launch
@@ -62,6 +63,7 @@ class Succession:
         self.reporter = reporter
         self.tasks = tasks
         self.on_ready = on_ready
+        self.on_each_end = on_each_end
         self.on_end = on_end
         self.is_over = False  # no other generation is to follow
         self.was_ready = False
@@ -114,8 +116,10 @@ class Succession:
             if generation.shim is not self.current.shim:
                 self.pool.dismiss(generation.shim)
                 self._listen_again()  # some shut the listener down at their end
-            elif generation is self.current and not self.is_over:
-                await self._follow_up(generation)
+            else:
+                self._end_if_last(generation)
+                if generation is self.current and not self.is_over:
+                    await self._restart(generation)
 
     async def _wait_for_client(self, generation: Generation) -> None:
         """Begin at the first connection, unless it is stopped before, or the shim is killed, which is heard after that."""
@@ -143,6 +147,9 @@ class Succession:
         if generation.started.is_set():
             self.reporter.tell("ended", status=generation.wait_status)
         waiting.cancel()
+        self.on_each_end(generation)
+        if not self._changing.locked():
+            self._end_if_last(generation)  # what is left of its tree takes its time, and nobody has to wait for that
 
     async def _wait_until_ready(self, generation: Generation) -> None:
         await generation.started.wait()
@@ -152,7 +159,7 @@ class Succession:
             self.launch.bound.listeners,
             generation,
             is_admitted=self.launch.choice.hand_off == GUARD,
-            is_shared=len(self._generations) > 1,
+            is_shared=lambda: len(self._generations) > 1,
         )
         patience = self._patience_with(generation)
         with anyio.move_on_after(patience) as scope:
@@ -161,6 +168,8 @@ class Succession:
                     tasks.start_soon(progress.show, readiness.what)
                 await readiness.wait()
                 tasks.cancel_scope.cancel()
+        if generation.ended.is_set() or self.is_over:
+            return  # which comes first, though both may have been found at once
         if scope.cancelled_caught:
             self._give_up(generation, f"the command was not ready after {patience:g} s: it did not {readiness.what()}")
         else:
@@ -195,23 +204,24 @@ class Succession:
 
     # What follows its end.
 
-    async def _follow_up(self, generation: Generation) -> None:
-        self._ends_without_ready += generation.ready_since is None
+    def _end_if_last(self, generation: Generation) -> None:
+        """End everything with the generation that counts, unless there is to be another one."""
+        if generation is not self.current or self.is_over or self._is_to_be_restarted(generation):
+            return
         if generation.shim.is_gone and self.asked.restart != supervision.NO:
             self.reporter.note("the process that looked after the command was killed, so there is no restart")
-        if self._is_to_be_restarted(generation):
-            await self._restart(generation)
-        else:
-            self.on_end(generation, generation.failure)
+        self.on_end(generation, generation.failure)
 
     def _is_to_be_restarted(self, generation: Generation) -> bool:
-        if generation.failure is not None or generation.shim.is_gone or self._ends_without_ready >= _FAILURES:
+        is_failing = generation.ready_since is None and self._ends_without_ready + 1 >= _FAILURES
+        if generation.failure is not None or generation.shim.is_gone or is_failing:
             return False
         has_failed = generation.wait_status != 0
         return self.asked.restart == supervision.ALWAYS or (self.asked.restart == supervision.ON_FAILURE and has_failed)
 
     async def _restart(self, generation: Generation) -> None:
-        if generation.ready_since is not None and time.monotonic() - generation.ready_since > _GOOD_TIME:
+        self._ends_without_ready += generation.ready_since is None
+        if generation.ready_since is not None and generation.ended_at - generation.ready_since > _GOOD_TIME:
             self._delay = _FIRST_DELAY
         self.reporter.note(f"the command ended ({how_it_ended(generation.wait_status)}); restart in {self._delay:g} s")
         await anyio.sleep(self._delay)
