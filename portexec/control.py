@@ -3,7 +3,8 @@
     portexec -> program   {"event": "bound", "hand_off": ..., "listeners": [...]}     before the command starts
                           {"event": "started", "pid": ...}
                           {"event": "ready", "pid": ..., "listeners": [...]}          where it really listens
-                          {"event": "ended", "status": ...}                           the command; as waitpid(2) gives it
+                          {"event": "ended", "status": ..., "by_itself": ...}         the command; as waitpid(2) gives it, and
+                                                                                      whether nobody had told it to
                           {"event": "error", "kind": ..., "message": ..., "hint": ...}
     program -> portexec   {"do": "restart"}                                           stop the tree, start it anew
                           {"do": "stop"}                                              so does the end of the socket
@@ -11,7 +12,8 @@
 A program whose words for the command line are nobody else's business sends them as its first line, a list (`words`), and
 nothing else before the first event.
 
-The end of the socket is the news that portexec has ended, and that nothing of the command is left.
+The end of the socket is the news that portexec has ended, and that nothing of the command is left. Should portexec be killed,
+that comes when its shim has stopped the tree.
 """
 
 from __future__ import annotations

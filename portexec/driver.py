@@ -47,6 +47,7 @@ words = control.words(fd)
 sys.exit(cli.main(["--control-fd", str(fd), *words]) if words else 0)
 """
 _FIRST_FREE_FD = 3
+_AT_ONCE = 1 << 16  # bytes
 
 # Held while a portexec is started, and by whoever forks: a child must not have copies of its ends of the socket and the pipe,
 # whose closing is the news of its end. By an RLock, since what the garbage collector calls may fork, too.
@@ -131,9 +132,11 @@ class Driver:
         self._output = bytearray()
         self._times_asked = 1  # to be ready: by the start, and by every restart
         self._times_ready = 0
-        self._waiting = 0  # how many wait for the end, or have seen it
+        self._waiting = 0  # how many wait for what may be the end
+        self._is_end_known = False  # somebody was told of it
+        self._has_ended_by_itself = False  # the command, as the last event told
         self._failure: PortexecError | None = None
-        self._thread = threading.Thread(target=self._live, name="portexec", daemon=True)
+        self._thread: threading.Thread | None = None  # made when it is needed: a fork in between would take it for ended
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._was_stopped = False
@@ -157,6 +160,7 @@ class Driver:
     def start(self) -> None:
         """Start the thread that does the rest. Raises PortexecError."""
         _drivers.add(self)
+        self._thread = threading.Thread(target=self._live, name="portexec", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -232,17 +236,19 @@ class Driver:
         """In words, of the command, or of portexec where nobody knows."""
         if self.wait_status is not None:
             return errors.how_it_ended(self.wait_status)
+        if self._failure is not None:
+            return self._failure.message
         status = self._process.returncode if self._process else 0
         if status < 0:
             return "portexec itself was killed"
         return f"portexec ended with status {status} and without a word, run by {sys.executable}"
 
     def died(self, patience: float) -> Exited | None:
-        """The error that says so if the command ended without having been told to, and without anybody expecting it."""
+        """The error that says so if the command ended without having been told to, and nobody waits for that or was told."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self.returncode is not None or self._is_over, patience):
-                return None
-            if self._was_stopped or self._waiting or self._times_ready < self._times_asked:
+            self._changed.wait_for(lambda: self._has_ended_by_itself or self._is_over, patience)
+            is_over_early = self._is_over and self.wait_status is None and not self._was_stopped
+            if self._waiting or self._is_end_known or not (self._has_ended_by_itself or is_over_early):
                 return None
             return Exited(
                 f"the server ended by itself: {self.how_it_ended()}", output=self.output(), returncode=self.returncode
@@ -250,32 +256,46 @@ class Driver:
 
     async def wait(self, until: Until) -> int:
         """Wait for the end of everything."""
-        with self._changed:
-            self._waiting += 1
-        try:
+        with self._awaiting_news():
             await until(self._changed, lambda: self._is_over)
-        except BaseException:
-            with self._changed:
-                self._waiting -= 1  # given up
-            raise
+            self._is_end_known = True
         if self._is_the_parents:
             raise self._not_running()
         if self.returncode is None:
             raise Exited(self.how_it_ended(), output=self.output())
         return self.returncode
 
+    @contextmanager
+    def _awaiting_news(self) -> Iterator[None]:
+        """For as long as somebody waits who will be told of the end."""
+        with self._changed:
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting -= 1
+
     async def stop(self, until: Until) -> None:
         """Stop everything, unless that was done."""
+        self.hang_up()
         if sys.is_finalizing():
-            self._hang_up()  # and no more: the thread is frozen, maybe with the lock
-            return
-        with self._changed:
-            self._hang_up()
-        if not self._thread.is_alive():
+            return  # the thread is frozen
+        if self._thread is None or not self._thread.is_alive():
             return  # it is over, could not be started, or is not yet and will see that it is to do nothing
+        if self._thread is threading.current_thread():
+            return  # the garbage collector, which may run anywhere, ends a `with` that nobody is in any more
         if not await until(self._changed, lambda: self._is_over, 2 * self.kill_after + _GRACE) and self._process is not None:
             self._process.kill()
             await until(self._changed, lambda: self._is_over)
+
+    def hang_up(self) -> None:
+        """Have everything stopped, and do not wait for it."""
+        if sys.is_finalizing():
+            self._hang_up()  # a frozen thread may have the lock
+            return
+        with self._changed:
+            self._hang_up()
 
     def _hang_up(self) -> None:
         """Let portexec see the end of the socket, at which it stops everything; before it has got all its words, too."""
@@ -288,7 +308,13 @@ class Driver:
 
     async def restart(self, until: Until) -> None:
         """Stop the tree, start the command again, and wait until it is ready. One restart after the other."""
-        await self.ready(until, await until(self._changed, self._ask_for_restart))
+        times = await until(self._changed, self._ask_for_restart)
+        with self._awaiting_news():
+            try:
+                await self.ready(until, times)
+            except PortexecError:
+                self._is_end_known = True
+                raise
 
     def _ask_for_restart(self) -> int:
         """Which time of being ready it will be; 0 while another one is under way."""
@@ -320,26 +346,30 @@ class Driver:
             pass  # it has ended already
 
     def _follow(self, ours: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        """Take what comes, to the end of the socket: nothing of the command is left then. Others may have its output open."""
         assert process.stdout is not None  # noqa: S101  # it is a pipe
         output = process.stdout.fileno()
         lines = b""
         poll = select.poll()
         # In this order: when the end of the command is told, all that it wrote is there already.
-        is_open = [output, ours.fileno()]
-        for fd in is_open:
+        for fd in (output, ours.fileno()):
             poll.register(fd, select.POLLIN)
+        is_open = True
         while is_open:
             for fd, _ in poll.poll():
                 data = _read(fd)
                 if not data:
                     poll.unregister(fd)
-                    is_open.remove(fd)
+                    is_open = fd == output and is_open
                 elif fd == output:
                     self._take_output(data)
                 else:
                     *whole, lines = (lines + data).split(b"\n")
                     for line in whole:
                         self._take_event(json.loads(line))
+        for _ in range(0, fcntl.fcntl(output, fcntl.F_GETPIPE_SZ), _AT_ONCE):  # so much may be in the pipe
+            if poll.poll(0):
+                self._take_output(_read(output))
 
     def _take_output(self, data: bytes) -> None:
         with self._changed:
@@ -354,10 +384,12 @@ class Driver:
             if kind == "started":
                 self.pid = event["pid"]
                 self.wait_status = None
+                self._has_ended_by_itself = False
             elif kind == "ready":
                 self._times_ready += 1
             elif kind == "ended":
                 self.wait_status = event["status"]
+                self._has_ended_by_itself = event["by_itself"]
             elif kind == "error":
                 self._failure = getattr(errors, event["kind"])(*self.reword(event["message"], event["hint"]))
             self._changed.notify_all()
@@ -373,7 +405,7 @@ class Driver:
 
 def _read(fd: int) -> bytes:
     try:
-        return os.read(fd, 1 << 16)
+        return os.read(fd, _AT_ONCE)
     except OSError:
         return b""  # the other end was killed with something unread
 

@@ -11,7 +11,6 @@ becomes its cause. A test that means its server to end says so by `server.wait()
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 _PATIENCE = 0.5  # seconds in which the death of what the command runs, as npm does, must have become its own
 _CERTAINTY = 10.0  # seconds for the news of a death that has been seen
-_PF_EXITING = 0x4  # of the flags in /proc/PID/stat, proc_pid_stat(5): set before a process closes its sockets
 
 _SERVERS = pytest.StashKey["list[_Watched]"]()  # of the session: that have not been stopped; of a test: that it has had
 _FIXTURES = pytest.StashKey["list[pytest.FixtureRequest]"]()  # that are being set up, the innermost last
@@ -46,8 +44,10 @@ class _Watched:
 
     def death(self, patience: float = 0.0) -> Exited | None:
         """How it died by itself, if it did. The news may take some time to come."""
+        from portexec.supervisor.tree import is_ending
+
         if self._death is None:
-            self._death = self.server.died(_CERTAINTY if _is_ending(self.server.pid) else patience)
+            self._death = self.server.died(_CERTAINTY if is_ending(self.server.pid) else patience)
             if self._death is not None:
                 self._death.output = ""  # it has a section of its own
                 self.server.stop()  # returns when all that it wrote has been read
@@ -83,7 +83,6 @@ def _factory(request: pytest.FixtureRequest) -> Factory:
         watched = _Watched(serve(command, **options).__enter__(), owner.fixturename or "")
 
         def stop() -> None:
-            watched.death()  # which cannot be told from our doing once it is stopped
             watched.server.stop()
             running.remove(watched)
 
@@ -121,7 +120,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         each.shown = None
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, trylast=True)  # what it makes of a report is what xfail is to judge
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Let a test fail of the server that died under it, and show in the report of a failure what the servers wrote."""
     report = yield
@@ -150,21 +149,20 @@ def _servers_of(item: pytest.Item) -> list[_Watched]:
 
 
 def _news(watched: list[_Watched], failure: pytest.ExceptionInfo[BaseException] | None) -> list[Exited]:
-    """The deaths that have not been told yet. From now on they have."""
-    end = time.monotonic() + _patience(failure)
+    """The deaths that have not been told yet, and those that have been but may be what a test fails of all the same."""
+    is_sign = _is_sign(failure)
+    end = time.monotonic() + (_PATIENCE if is_sign else 0.0)  # for all together
     news = []
     for each in watched:
-        if not each.is_death_told and (death := each.death(end - time.monotonic())) is not None:
+        if (is_sign or not each.is_death_told) and (death := each.death(end - time.monotonic())) is not None:
             each.is_death_told = True
             news.append(death)
     return news
 
 
-def _patience(failure: pytest.ExceptionInfo[BaseException] | None) -> float:
-    """How long the news of a death may take to come, for all servers together."""
-    # What a test says itself is no sign of a death; other errors may be the first sign that something below a command died.
-    own = (AssertionError, pytest.fail.Exception, pytest.skip.Exception)
-    return 0.0 if failure is None or failure.errisinstance(own) else _PATIENCE
+def _is_sign(failure: pytest.ExceptionInfo[BaseException] | None) -> bool:
+    """Whether it may be one of a death, be it of something below a command. What a test says itself is none."""
+    return failure is not None and not failure.errisinstance((AssertionError, pytest.fail.Exception, pytest.skip.Exception))
 
 
 def _section(watched: _Watched) -> tuple[str, str]:
@@ -176,23 +174,6 @@ def _section(watched: _Watched) -> tuple[str, str]:
 def _rest(watched: _Watched) -> tuple[str, str]:
     """What it wrote since. The terminal shows it with the failure because of the word in the title."""
     return f"{watched.title()}, teardown", watched.server.output.removeprefix(watched.shown or "")
-
-
-def _is_ending(pid: int) -> bool:
-    """Whether a process is about to end, or has ended, as far as the kernel lets us know."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            # The second field is the program's name in parentheses, in which anything may stand.
-            return bool(int(stat.read().rpartition(b")")[2].split()[6]) & _PF_EXITING)
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 def _as_failure(

@@ -164,9 +164,9 @@ def serve(
 
     `command`: its words; templates (`{port}`, `{url}`, `{fd}`) are replaced. `listen`: listen specs, by name if it is a
     mapping; default `127.0.0.1:0`. `hand_off`: auto, fd, guard or hold. `env`: variables on top of ours, with templates; None
-    removes one. `env_file`: dotenv files, found from the caller's directory. `ready`: what counts as ready (listen, accept,
-    http:PATH, notify, none); the default is exact for the hand-off. `ready_timeout`, `kill_after`: seconds. `cwd`: the
-    command's working directory, in which a relative `unix:PATH` is.
+    leaves out one of ours. `env_file`: dotenv files, found from the caller's directory. `ready`: what counts as ready (listen,
+    accept, http:PATH, notify, none); the default is exact for the hand-off. `ready_timeout`, `kill_after`: seconds. `cwd`:
+    the command's working directory, in which a relative `unix:PATH` is.
 
     The block owns the server: leaving it stops the whole tree. The command's standard input is empty, and it runs in a session
     of its own, so Ctrl-C reaches the caller only.
@@ -202,7 +202,7 @@ def _in_python(message: str, hint: str) -> tuple[str, str]:
 
 
 def _words(command: Sequence[str | os.PathLike[str]]) -> list[str]:
-    if isinstance(command, (str, bytes, os.PathLike)) or not isinstance(command, Iterable):
+    if isinstance(command, (str, bytes, os.PathLike)) or not isinstance(command, Sequence):
         raise CommandNotAList(f"command={command!r} is no list", "write a list of its words: ['npm', 'start']")
     words = _texts("command", command)
     if not words:
@@ -217,9 +217,11 @@ def _specs(listen: str | Sequence[str] | Mapping[str, str] | None) -> list[str]:
 
 
 def _variables(env: Mapping[str, str | None] | None) -> Iterable[tuple[str, str | None]]:
-    if not isinstance(env or {}, Mapping):
+    if env is None:
+        return
+    if not isinstance(env, Mapping):
         raise UsageError(f"env={env!r} is no mapping", "write it as {'NAME': 'value'}")
-    for name, value in (env or {}).items():
+    for name, value in env.items():
         if not name or "=" in _text("env", name):
             raise UsageError(f"env: {name!r} cannot be the name of a variable", "write it as {'NAME': 'value'}, without `=`")
         yield name, value
@@ -229,7 +231,7 @@ def _texts(argument: str, value: object) -> list[str]:
     """What `_text` makes of an argument that is one or several; None is none."""
     if value is None:
         return []
-    several = value if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [value]
+    several = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
     return [_text(argument, each) for each in several]
 
 
@@ -249,6 +251,8 @@ def _text(argument: str, value: object) -> str:
 
 def _absolute(argument: str, path: str) -> str:
     """The path, of a file that is found from the caller's directory."""
+    if not path:
+        raise UsageError(f"{argument}: the path is empty", "write the name of a file, or leave it out")
     try:
         return os.path.abspath(path)
     except OSError as error:
@@ -292,8 +296,13 @@ async def _stop_to_the_end(driver: Driver) -> None:
     """Stop it, and return when nothing is left, however often we are cancelled meanwhile."""
     import anyio
 
+    driver.hang_up()
+    try:
+        shield = anyio.CancelScope(shield=True)
+    except RuntimeError:
+        return  # no event loop runs any more: the garbage collector ends an `async with` that nobody is in
     cancelled = None
-    with anyio.CancelScope(shield=True):
+    with shield:
         while True:
             try:
                 await driver.stop(_suspend_until)

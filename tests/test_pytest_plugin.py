@@ -25,7 +25,7 @@ NO_DEATH = "*Exited: the server ended by itself*"
 # Every test file begins with this. `note` leaves a line about a server, `say` one of any kind, for us to read afterwards.
 PROLOGUE = f"""
 import os, signal, time, unittest, urllib.request
-import pytest
+import portexec, pytest
 
 LIGHT = {child("light")!r}
 
@@ -369,6 +369,30 @@ def test_a_death_is_the_failure_wherever_it_shows(inner: Inner, source: str) -> 
     assert sum("Exited: the server ended" in line and line.startswith("E ") for line in done.outlines) == 1
 
 
+def test_a_death_that_another_failure_was_expected_for_is_not_hidden(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.mark.xfail(raises=OSError)
+        def test_it(portexec_server):
+            ask(portexec_server(LIGHT), "/exit/3")
+        """
+    )
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["FAILED test_it.py::test_it - portexec.errors.Exited: *"])
+
+
+def test_a_death_at_the_very_end_is_told_every_time(inner: Inner) -> None:
+    done = inner.run(
+        """
+        @pytest.mark.parametrize("_", range(20))
+        def test_it(portexec_server, _):
+            os.kill(portexec_server(LIGHT).pid, signal.SIGKILL)
+        """
+    )
+    outcomes = done.parseoutcomes()
+    assert outcomes.get("failed", 0) + outcomes.get("errors", 0) + outcomes.get("error", 0) == 20
+
+
 # Nobody is blamed who is not to blame.
 
 
@@ -382,6 +406,14 @@ def test_what_the_test_says_itself_stands(inner: Inner) -> None:
         @pytest.mark.xfail
         def test_fails_as_expected(portexec_server):
             ask(portexec_server(LIGHT), "/kill/9")
+
+        @pytest.mark.xfail
+        def test_fails_of_a_death_as_expected(portexec_server):
+            kill_and_see(portexec_server(LIGHT))
+
+        @pytest.mark.xfail(raises=portexec.Exited)
+        def test_fails_of_nothing_but_a_death(portexec_server):
+            ask(portexec_server(LIGHT), "/exit/3")
 
         def test_expects_the_end(portexec_server):
             site = portexec_server(LIGHT)
@@ -400,12 +432,12 @@ def test_what_the_test_says_itself_stands(inner: Inner) -> None:
             raise OSError("something else")
         """
     )
-    done.assert_outcomes(skipped=1, xfailed=1, passed=2, failed=1)
+    done.assert_outcomes(skipped=1, xfailed=3, passed=2, failed=1)
     done.stdout.fnmatch_lines(["E *OSError: something else"])
     done.stdout.no_fnmatch_line(NO_DEATH)
 
 
-def test_a_death_is_told_once_and_of_the_test_that_saw_it(inner: Inner) -> None:
+def test_a_death_is_told_of_the_test_that_saw_it_and_of_those_that_fail_of_it(inner: Inner) -> None:
     done = inner.run(
         """
         @pytest.fixture(scope="session")
@@ -424,10 +456,9 @@ def test_a_death_is_told_once_and_of_the_test_that_saw_it(inner: Inner) -> None:
     done.stdout.fnmatch_lines(
         [
             "FAILED test_it.py::test_kills - portexec.errors.Exited: *",
-            "FAILED test_it.py::test_after - urllib.error.URLError: *",
+            "FAILED test_it.py::test_after - portexec.errors.Exited: *",
         ]
     )
-    # That it was dead before is seen in the report of the one that could not know.
     assert sum(line.startswith("---") and ", returncode -9 ---" in line for line in done.outlines) == 2
 
 

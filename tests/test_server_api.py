@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +88,13 @@ def describe(pids: set[int]) -> list[str]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
             found.append(f"{pid} {status_of(pid)['State']} {words}")
     return found
+
+
+def marked_words(pid: int) -> bytes:
+    """The words of a process; none when it has ended, waited for or not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def hook(process: portexec.Server | portexec.AsyncServer) -> int:
@@ -278,6 +285,19 @@ def test_a_death_that_nobody_waits_for_is_told_with_the_last_words() -> None:
         assert (death.returncode, death.output) == (7, server.output)
         assert "exit status 7" in death.message
         assert death.output.splitlines()[-1] == "written"
+
+
+def test_a_death_just_before_the_stop_is_told_after_it() -> None:
+    for _ in range(10):
+        with portexec.serve(LIGHT) as server:
+            os.kill(server.pid, signal.SIGKILL)
+            wait_for(lambda pid=server.pid: not marked_words(pid))  # type: ignore[misc]
+        death = server.died()
+        assert death is not None
+        assert death.returncode == -signal.SIGKILL
+    with portexec.serve(LIGHT) as server:
+        pass
+    assert server.died() is None
 
 
 # How it ends.
@@ -530,6 +550,18 @@ async def test_a_restart_after_a_cancelled_one() -> None:
         assert await anyio.to_thread.run_sync(server.died, DEADLINE) is not None
 
 
+@IN_ASYNC_CODE
+async def test_a_death_after_a_restart_that_was_given_up(tmp_path: Path) -> None:
+    """Nobody waits for the new start, which ends before it is ready."""
+    file = tmp_path / "exits"
+    async with portexec.serve([*LIGHT, f"if={file}:exit=5"]) as server:
+        file.touch()
+        await begin_a_restart(server)
+        death = await anyio.to_thread.run_sync(server.died, DEADLINE)
+        assert death is not None
+        assert death.returncode == 5
+
+
 def test_stop_during_a_restart(tmp_path: Path, mark: str) -> None:
     file = tmp_path / "slow"
     with ThreadPoolExecutor(1) as pool, portexec.serve([*LIGHT, f"if={file}:silent"]) as server:
@@ -712,6 +744,8 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[portexec.PortexecError], str, str
     "object": (object(), {}, portexec.CommandNotAList, "command=<object", LIST),
     "surrogate": (["\ud800"], {}, portexec.UsageError, "command: .* cannot be encoded", ""),
     "path": (Path("npm"), {}, portexec.CommandNotAList, "npm", LIST),
+    "set": ({"npm", "start"}, {}, portexec.CommandNotAList, "command={", LIST),
+    "mapping": ({"npm": "start"}, {}, portexec.CommandNotAList, "command={", LIST),
     "empty": ([], {}, portexec.UsageError, "empty", LIST),
     "number": (["nice", 5], {}, portexec.UsageError, "command: 5 is no text", r"str\("),
     "nul": (["a\0b"], {}, portexec.UsageError, "NUL", "leave it out"),
@@ -729,11 +763,13 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[portexec.PortexecError], str, str
     "float spec": (LIGHT, {"listen": 0.5}, portexec.UsageError, "listen: 0.5 is no text", QUOTES),
     "bytes spec": (LIGHT, {"listen": b"0"}, portexec.UsageError, "listen: b'0' is no text", QUOTES),
     "variables in a list": (LIGHT, {"env": ["A=b"]}, portexec.UsageError, "env=", "'NAME': 'value'"),
+    "no variables": (LIGHT, {"env": ""}, portexec.UsageError, "env=''", "'NAME': 'value'"),
     "variable": (LIGHT, {"env": {"A=B": "x"}}, portexec.UsageError, "env: 'A=B'", "'NAME': 'value'"),
     "no variable": (LIGHT, {"env": {"": "x"}}, portexec.UsageError, "env: ''", "'NAME': 'value'"),
     "number variable": (LIGHT, {"env": {"A": 1}}, portexec.UsageError, "env: 1", QUOTES),
     "template": ([*LIGHT, "{web.port}"], {}, portexec.UsageError, "web", "listeners are"),
     "env file": (LIGHT, {"env_file": "/no/such"}, portexec.PortexecError, "/no/such: No such file", ""),
+    "empty file": (LIGHT, {"env_file": ""}, portexec.UsageError, "env_file: the path is empty", "leave it out"),
     "number file": (LIGHT, {"env_file": 3}, portexec.UsageError, "env_file: 3 is no text", QUOTES),
     "cwd": (LIGHT, {"cwd": "/no/such"}, portexec.UsageError, "/no/such: No such file", "exists"),
     "cwd file": (LIGHT, {"cwd": "/etc/passwd"}, portexec.UsageError, "/etc/passwd: Not a dir", "directory"),
@@ -1069,6 +1105,35 @@ def test_a_portexec_that_is_killed_is_an_error_and_leaves_nothing(hand_off: str,
             server.restart()
 
 
+def test_a_portexec_and_its_shim_that_are_killed_at_once(mark: str) -> None:
+    """What is left runs on, and has the output open. Nobody waits for that."""
+    with portexec.serve(["sh", "-c", "setsid sleep 1000 & exec sleep 1000"], ready="none") as server:
+        shim, ours = int(status_of(server.pid)["PPid"]), hook(server)
+        wait_for(lambda: sum("sleep" in line for line in describe(marked(mark))) == 4)  # two of them, the shim and portexec
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            os.kill(shim, number)
+            os.kill(ours, number)
+        death = server.died(DEADLINE)
+        assert death is not None
+        assert "portexec itself was killed" in death.message
+    left = marked(mark)
+    assert left
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not marked(mark))
+
+
+def test_a_stranger_who_has_the_output_open_keeps_nobody() -> None:
+    with portexec.serve(LIGHT) as server, open(f"/proc/{server.pid}/fd/1", "w") as output:
+        stranger = subprocess.Popen(["sleep", "1000"], stdout=output, env={})
+    try:
+        assert server.returncode is not None
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
 def test_a_portexec_that_is_killed_while_the_server_starts(mark: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(portexec.serve([*LIGHT, "silent"]).__enter__)
@@ -1173,6 +1238,62 @@ WAIT = """try:
 def test_a_forked_child_does_not_own_the_server(leave: str) -> None:
     """Nor does it wait for it."""
     assert run_caller(FORK_AND_LEAVE.format(leave=leave), *LIGHT).split() == ["5", "True"]
+
+
+FORK_AND_ENTER = """
+import os, sys, portexec
+serving = portexec.serve(sys.argv[1:])
+if os.fork() == 0:
+    with serving as server:
+        os.kill(server.pid, 0)
+    try:
+        os.kill(server.pid, 0)
+    except ProcessLookupError:
+        os._exit(5)
+    os._exit(6)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_what_was_made_before_a_fork_is_entered_in_the_child() -> None:
+    assert run_caller(FORK_AND_ENTER, *LIGHT) == "5\n"
+
+
+COLLECTED = """
+import gc, sys, portexec
+def block():
+    with portexec.serve(sys.argv[1:], ready="none", kill_after=0.1) as server:
+        yield server
+gc.disable()
+blocks = block()
+server = next(blocks)
+cycle = [blocks]
+cycle.append(cycle)
+del blocks, cycle
+gc.set_threshold(1)
+gc.enable()  # the thread of the server's, which gets its output, comes first
+server.wait()
+print("over")
+"""
+
+
+def test_a_block_that_is_collected_in_the_servers_own_thread() -> None:
+    assert run_caller(COLLECTED, "sh", "-c", "while :; do echo x; sleep 0.01; done") == "over\n"
+
+
+def test_an_async_block_whose_event_loop_has_gone(mark: str) -> None:
+    async def block() -> AsyncIterator[portexec.AsyncServer]:
+        async with portexec.serve(LIGHT) as server:
+            yield server
+
+    blocks = block()
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(anext(blocks))
+    assert get(server.url) == greeting(server)
+    loop.close()
+    del blocks
+    gc.collect()
+    wait_for(lambda: not marked(mark))
 
 
 CLOSED = """

@@ -32,6 +32,7 @@ class Generation:
         self.shim = shim
         self.began = began
         self.wait_status = 0
+        self.was_told = False  # to end, before it did
         self.failure: PortexecError | None = None
         self.status_text = ""  # what it said by STATUS=
         self.ready_since: float | None = None
@@ -100,7 +101,7 @@ class Generation:
         elif kind == words.FAILED:
             self.failure = of_status(int(fields[0]), fields[1], fields[2])
         elif kind == words.ENDED:
-            self.wait_status = int(fields[0])
+            self.wait_status, self.was_told = int(fields[0]), bool(fields[1])
             self._end()
         elif kind == words.GONE:
             self._end()

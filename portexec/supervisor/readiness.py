@@ -69,7 +69,11 @@ class Readiness:
                     tasks.start_soon(self._accepts, listener)
         elif form == supervision.HTTP:
             await self._answers(self.listeners[0])
-        for listener in self.listeners:  # also those of which nobody asked; admission may still be about to tell
+        self.follow()
+
+    def follow(self) -> None:
+        """Take the addresses at which the command really listens, also where nobody asked for them."""
+        for listener in self.listeners:  # admission may still be about to tell
             if listener.socket is None:
                 listener.follow(self._hosts(listener))
 

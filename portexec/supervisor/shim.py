@@ -17,7 +17,7 @@ import select
 import sys
 
 from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, reason
-from portexec.supervisor import admit, signals
+from portexec.supervisor import admit, signals, tree
 from portexec.supervisor.diagnosis import Diagnosis
 from portexec.supervisor.run import Supervised, Supervisor
 from portexec.supervisor.spawn import socket_pair, spawn
@@ -44,7 +44,7 @@ EXHAUSTED = b"x"  # why: no child could be started
 STARTED = b"b"  # the command's pid
 FAILED = b"f"  # status, message, hint: the command cannot be executed
 LISTENING = b"i"  # port and address
-ENDED = b"e"  # wait status of the command
+ENDED = b"e"  # wait status of the command, and whether it had been told to end
 GONE = b"o"  # nothing of it is left
 
 SEPARATOR = "\0"
@@ -56,11 +56,12 @@ _STDERR = 2
 class Job:
     """What a shim is to run, and how.
 
-    `guards` is empty where nothing is to be admitted. `has_stdin`: the command gets our standard input, else /dev/null.
+    `guards` is empty where nothing is to be admitted. `has_stdin`: the command gets our standard input, else /dev/null. `kept`
+    are descriptors of portexec's that whoever is at their other end is to see closed only when nothing is left of the command.
     `farewell` is called in the shim when portexec was killed and the tree has been stopped.
     """
 
-    __slots__ = ("farewell", "guards", "has_stdin", "is_killed", "kill_after", "plan", "quiet", "remap", "verbose")
+    __slots__ = ("farewell", "guards", "has_stdin", "is_killed", "kept", "kill_after", "plan", "quiet", "remap", "verbose")
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class Job:
         remap: Mapping[int, int],
         is_killed: bool,
         has_stdin: bool,
+        kept: set[int],
         quiet: bool,
         verbose: bool,
         farewell: Callable[[], None],
@@ -81,6 +83,7 @@ class Job:
         self.remap = remap
         self.is_killed = is_killed
         self.has_stdin = has_stdin
+        self.kept = kept
         self.quiet = quiet
         self.verbose = verbose
         self.farewell = farewell
@@ -175,7 +178,7 @@ def _replace_stdin() -> None:
 
 def _descriptors(job: Job) -> set[int]:
     guards = {socket.fileno() for guard in job.guards.values() for socket in guard.sockets}
-    return {*guards, *job.plan.passed, *job.plan.kept}
+    return {*guards, *job.plan.passed, *job.plan.kept, *job.kept}
 
 
 def _close_ours(keep: set[int]) -> None:
@@ -289,6 +292,7 @@ class _Attendant(Supervisor):
         self.is_orphaned = False  # portexec has gone
         self._has_reported_start = False
         self._has_reported_end = False
+        self._was_told = False  # to end, before it was about to
         self.poll.register(process.control, select.POLLIN)
 
     def attend(self, ready: Mapping[int, int]) -> None:
@@ -304,7 +308,7 @@ class _Attendant(Supervisor):
             self._report_start()
         if self.has_ended and self._has_reported_start and not self._has_reported_end:
             self._has_reported_end = True
-            self.process.say(ENDED, self.wait_status)
+            self.process.say(ENDED, self.wait_status, "told" if self._was_told or self.stop_requests else "")
 
     def _report_start(self) -> None:
         failure = self.supervised.failure
@@ -319,4 +323,5 @@ class _Attendant(Supervisor):
             self.poll.unregister(self.process.control)
             self.is_orphaned = True
         self.is_told_to_stop = True
+        self._was_told = self._was_told or not tree.is_ending(self.supervised.pid)
         self.is_hurried = self.is_hurried or word == KILL

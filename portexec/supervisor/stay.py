@@ -103,6 +103,7 @@ class Stay:
             remap=self.launch.remap,
             is_killed=self.asked.is_killed,
             has_stdin=not (is_server and self.asked.then),
+            kept=set() if self.asked.control_fd is None else {self.asked.control_fd},
             quiet=self.reporter.is_quiet,
             verbose=self.reporter.is_verbose,
             farewell=self._say_farewell if is_server else _do_nothing,

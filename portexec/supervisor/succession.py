@@ -145,7 +145,7 @@ class Succession:
     async def _wait_for_end(self, generation: Generation, waiting: anyio.CancelScope) -> None:
         await generation.ended.wait()
         if generation.started.is_set():
-            self.reporter.tell("ended", status=generation.wait_status)
+            self.reporter.tell("ended", status=generation.wait_status, by_itself=not generation.was_told)
         waiting.cancel()
         self.on_each_end(generation)
         if not self._changing.locked():
@@ -161,6 +161,10 @@ class Succession:
             is_admitted=self.launch.choice.hand_off == GUARD,
             is_shared=lambda: len(self._generations) > 1,
         )
+        if self._ready.form == supervision.NONE:
+            readiness.follow()
+            self._become_ready(generation)  # before anything else can come of it
+            return
         patience = self._patience_with(generation)
         with anyio.move_on_after(patience) as scope:
             async with anyio.create_task_group() as tasks:

@@ -16,6 +16,9 @@ _SHORTEST_PAUSE = 0.005  # seconds between two looks at a tree that is being sto
 _LONGEST_PAUSE = 0.2
 _LONGER = 1.5
 
+_PF_EXITING = 0x4  # of the flags in /proc/PID/stat, proc_pid_stat(5): set before a process closes its sockets
+_KILLED = 1 << 8  # SIGKILL, into which the kernel turns what is to end a process (complete_signal() in kernel/signal.c)
+
 
 class Stop:
     """Stops all that is below this subreaper: TERM to each as soon as it is seen, KILL when the time is over.
@@ -72,6 +75,25 @@ def descendants(root: int) -> set[int]:
     """The pids of all living processes below `root`."""
     by_parent, dead, _ = _processes()
     return _below(root, by_parent, frozenset()) - dead
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process is about to end, or has ended, as far as the kernel lets us know."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat, open(f"/proc/{pid}/status", "rb") as status:
+            # The second field is the program's name in parentheses, in which anything may stand.
+            flags = int(stat.read().rpartition(b")")[2].split()[6])
+            pending = int(status.read().rpartition(b"\nSigPnd:")[2].split()[0], 16)
+            return bool(flags & _PF_EXITING or pending & _KILLED)
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def continue_if_stopped(pid: int) -> None:
