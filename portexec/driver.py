@@ -234,21 +234,21 @@ class Driver:
 
     def how_it_ended(self) -> str:
         """In words, of the command, or of portexec where nobody knows."""
-        if self.wait_status is not None:
-            return errors.how_it_ended(self.wait_status)
         if self._failure is not None:
             return self._failure.message
+        if self.wait_status is not None:
+            return errors.how_it_ended(self.wait_status)
         status = self._process.returncode if self._process else 0
         if status < 0:
             return "portexec itself was killed"
         return f"portexec ended with status {status} and without a word, run by {sys.executable}"
 
     def died(self, patience: float) -> Exited | None:
-        """The error that says so if the command ended without having been told to, and nobody waits for that or was told."""
+        """The error that says so if the server ended though we had not told it to, and nobody waits for that or was told."""
         with self._changed:
             self._changed.wait_for(lambda: self._has_ended_by_itself or self._is_over, patience)
-            is_over_early = self._is_over and self.wait_status is None and not self._was_stopped
-            if self._waiting or self._is_end_known or not (self._has_ended_by_itself or is_over_early):
+            is_stopped = self._was_stopped or not self._is_over
+            if self._waiting or self._is_end_known or (is_stopped and not self._has_ended_by_itself):
                 return None
             return Exited(
                 f"the server ended by itself: {self.how_it_ended()}", output=self.output(), returncode=self.returncode

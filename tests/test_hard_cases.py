@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import DEADLINE, PORTEXEC, child, kill_group, run, wait_for
+from tests.support import DEADLINE, PORTEXEC, child, descriptors_of, kill_group, run, status_of, wait_for
 
 HAND_OFFS = ["fd", "guard", "hold"]
 TOGETHER = pytest.mark.parametrize("hand_off", HAND_OFFS)
@@ -556,6 +556,9 @@ def paused(directory: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     )
     writer = wait_for(lambda: os.open(directory / "env", os.O_WRONLY | os.O_NONBLOCK))
     try:
+        # A handler in Python is not called when the signal comes just before a system call that blocks.
+        assert wait_for(lambda: str(directory / "env") in descriptors_of(process.pid).values())
+        assert wait_for(lambda: status_of(process.pid)["State"].startswith("S"))
         yield process
     finally:
         process.kill()

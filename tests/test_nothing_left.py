@@ -239,6 +239,18 @@ def test_the_terminal_of_the_shell_is_closed(make_run: MakeRun, temper: str, han
         assert wait_for(run.is_nothing_left)
 
 
+def test_the_terminal_of_a_shell_in_a_shell_is_closed(make_run: MakeRun) -> None:
+    """The inner one, which has it as a job, passes the hang-up on. It leads no session."""
+    run = make_run("calm", "fd")
+    with job_in_a_shell(run, ["bash", "--norc", "--noprofile", "-i"]) as terminal:
+        terminal.press(f"{shlex.join(run.words(*RESTART, tests=None))} </dev/null &\n".encode())
+        run.pid_of("server")
+        terminal.press(b"echo busy; cat\n")
+        terminal.find(r"busy\r")
+        terminal.hang_up()
+        assert wait_for(run.is_nothing_left)
+
+
 @HAND_OFFS
 @pytest.mark.parametrize("end", ["kill %1", ""], ids=["told to stop", "terminal closed"])
 def test_it_ends_when_it_was_stopped_by_ctrl_z(make_run: MakeRun, hand_off: str, end: str) -> None:

@@ -233,7 +233,7 @@ def test_what_comes_after_the_failure_is_shown_too(inner: Inner) -> None:
     done = inner.run(
         """
         def test_bad(portexec_server):
-            words = "trap 'echo last words; kill $!; exit' TERM; " + " ".join(LIGHT) + " & wait"
+            words = "trap 'echo last words; kill -9 $!; exit' TERM; " + " ".join(LIGHT) + " ignore & wait"
             assert ask(portexec_server(["sh", "-c", words])) == "good bye"
         """
     )

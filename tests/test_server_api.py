@@ -300,6 +300,29 @@ def test_a_death_just_before_the_stop_is_told_after_it() -> None:
     assert server.died() is None
 
 
+LEFT_BY_MAIN = """
+import ctypes, signal, threading
+threading.Thread(target=signal.pause).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_server_whose_main_thread_has_ended_is_alive() -> None:
+    with portexec.serve([sys.executable, "-c", LEFT_BY_MAIN], ready="none") as server:
+        wait_for(lambda pid=server.pid: status_of(pid)["State"].startswith("Z"))
+        assert server.died() is None
+    assert server.returncode == -signal.SIGTERM
+    assert server.died() is None
+
+
+def test_a_server_that_was_stopped_by_somebody_else_has_died() -> None:
+    with portexec.serve(LIGHT) as server:
+        os.kill(hook(server), signal.SIGTERM)
+        death = server.died(DEADLINE)
+        assert death is not None
+        assert death.returncode == -signal.SIGTERM
+
+
 # How it ends.
 
 

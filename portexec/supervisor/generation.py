@@ -33,6 +33,7 @@ class Generation:
         self.began = began
         self.wait_status = 0
         self.was_told = False  # to end, before it did
+        self._is_stopped = False  # we have told it
         self.failure: PortexecError | None = None
         self.status_text = ""  # what it said by STATUS=
         self.ready_since: float | None = None
@@ -63,6 +64,7 @@ class Generation:
             self._end()
             self.gone.set()
         elif not self.shim.is_gone:
+            self._is_stopped = True
             self.shim.tell(word)
             tree.continue_if_stopped(self.shim.pid)
 
@@ -114,7 +116,7 @@ class Generation:
         if kind in (words.REFUSED, words.EXHAUSTED):
             self.failure = PortexecError(f"cannot start the command: {fields[0]}")
         elif not self.ended.is_set():
-            self.wait_status = _signal.SIGKILL
+            self.wait_status, self.was_told = _signal.SIGKILL, self._is_stopped
         self._end()
         self.gone.set()
 

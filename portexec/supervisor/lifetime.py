@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _signal
 import os
+import time
 
 import anyio
 
@@ -45,7 +46,7 @@ class Outcome:
 class Lifetime:
     """One run. The first shim of the pool is prepared, and told to go unless the start is lazy.
 
-    `had_terminal`: at its begin it had one, which may be gone by now.
+    `shells` are the processes that may pass on the hang-up of the terminal that it had at its begin, if it had one.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Lifetime:
         notify: NotifySocket | None,
         reporter: Reporter,
         *,
-        had_terminal: bool,
+        shells: set[int],
     ) -> None:
         self.launch = launch
         self.asked = asked
@@ -67,11 +68,11 @@ class Lifetime:
         self.reporter = reporter
         self.outcome = Outcome(0)  # not before it is over
         self.tests: Generation | None = None
-        self._had_terminal = had_terminal
+        self._shells = shells
         self._over = anyio.Event()  # the outcome is known
         self._hurry = anyio.Event()  # told twice to stop
         self._is_graceful = False  # what runs was told by the terminal to stop
-        self._was_quit = False  # by the terminal, which some take for a question (JVMs print their threads) and go on
+        self._quit_at = 0.0  # by the terminal; some take it for a question (JVMs print their threads) and go on
 
     async def run(self) -> Outcome:
         """From the first start to the last process gone."""
@@ -109,7 +110,8 @@ class Lifetime:
     def _look_for_reason(self, generation: Generation) -> None:
         """End the run when a command has ended of what the terminal sent to all of us, whichever ended first."""
         self._take_signals()
-        if self._was_quit and signals.has_died_of(generation.wait_status, _signal.SIGQUIT):
+        was_quit = generation.began is not None and generation.began < self._quit_at
+        if was_quit and signals.has_died_of(generation.wait_status, _signal.SIGQUIT):
             self._end(Outcome(generation.wait_status))
 
     def _server_ended(self, last: Generation, error: PortexecError | None) -> None:
@@ -123,7 +125,7 @@ class Lifetime:
     # The tests.
 
     def _start_tests(self) -> None:
-        if not self.asked.then or self.tests is not None:
+        if not self.asked.then or self.tests is not None or self._over.is_set():
             return
         try:
             self.tests = Generation(self.pool.new_shim(self.launch.plan_shell(self.asked.then)))
@@ -178,7 +180,8 @@ class Lifetime:
             self._handle(signal)
 
     def _handle(self, signal: signals.Received) -> None:
-        self._was_quit = self._was_quit or (signal.number == _signal.SIGQUIT and signal.from_terminal)
+        if signal.number == _signal.SIGQUIT and signal.from_terminal:
+            self._quit_at = time.monotonic()
         if signal.number == _signal.SIGCHLD:
             self._reap()
         elif self._is_to_stop(signal) and not signals.is_ignored(signal.number):
@@ -197,12 +200,11 @@ class Lifetime:
         self._end(Outcome(signal.number))
 
     def _is_to_stop(self, signal: signals.Received) -> bool:
-        """TERM, INT, and the hang-up of a terminal, from the kernel or passed on by the shell that led its session.
+        """TERM, INT, and the hang-up of a terminal, from the kernel or passed on by a shell.
 
         Who lives on when the terminal has gone may still be sent a HUP by others, who mean a replacement.
         """
-        is_from_leader = self._had_terminal and signal.sender == os.getsid(0) and not signals.has_terminal()
-        has_hung_up = signal.from_terminal or is_from_leader
+        has_hung_up = signal.from_terminal or (signal.sender in self._shells and not signals.has_terminal())
         return signal.number in signals.STOP_REQUESTS or (signal.number == _signal.SIGHUP and has_hung_up)
 
     def _reap(self) -> None:

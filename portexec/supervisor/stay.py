@@ -33,7 +33,7 @@ class Stay:
             launch, ready_fd=asked.ready_fd, control_fd=asked.control_fd, is_quiet=quiet, is_verbose=verbose
         )
         self.inbox = Inbox()  # first: from now on no signal ends us with something left behind
-        self.had_terminal = has_terminal()
+        self.shells = tree.shells() if has_terminal() else set()
         self.notify = self._make_notify_socket()
         self.began: float | None = None
         self.others = tree.children()
@@ -83,7 +83,7 @@ class Stay:
 
         shims = pool.Pool(self.shim, self.began, self._job_for, self.inbox, self.others)
         ours = (self.launch, self.asked, shims, self.inbox, self.notify, self.reporter)
-        return lifetime.run(lifetime.Lifetime(*ours, had_terminal=self.had_terminal))
+        return lifetime.run(lifetime.Lifetime(*ours, shells=self.shells))
 
     def _make_notify_socket(self) -> NotifySocket | None:
         ready = self.asked.ready

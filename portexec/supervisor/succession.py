@@ -293,6 +293,8 @@ class Succession:
                 how = new.failure.message if new.failure else how_it_ended(new.wait_status)
                 what_now = "and the old one has ended meanwhile" if old.ended.is_set() else "the old one goes on"
                 self.reporter.error(f"the new generation was not ready, {what_now}: {how}")
+                if old.ended.is_set():
+                    self._end_if_last(old)
 
     async def _has_become_ready(self, generation: Generation) -> bool:
         async with anyio.create_task_group() as tasks:

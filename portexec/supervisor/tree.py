@@ -80,11 +80,7 @@ def descendants(root: int) -> set[int]:
 def is_ending(pid: int) -> bool:
     """Whether a process is about to end, or has ended, as far as the kernel lets us know."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat, open(f"/proc/{pid}/status", "rb") as status:
-            # The second field is the program's name in parentheses, in which anything may stand.
-            flags = int(stat.read().rpartition(b")")[2].split()[6])
-            pending = int(status.read().rpartition(b"\nSigPnd:")[2].split()[0], 16)
-            return bool(flags & _PF_EXITING or pending & _KILLED)
+        return all(_is_task_ending(f"/proc/{pid}/task/{task}") for task in os.listdir(f"/proc/{pid}/task"))
     except OSError:
         pass
     try:
@@ -94,6 +90,29 @@ def is_ending(pid: int) -> bool:
     except OSError:
         pass
     return False
+
+
+def _is_task_ending(task: str) -> bool:
+    with open(f"{task}/stat", "rb") as stat, open(f"{task}/status", "rb") as status:
+        # The second field is the program's name in parentheses, in which anything may stand.
+        flags = int(stat.read().rpartition(b")")[2].split()[6])
+        _, is_told, rest = status.read().partition(b"\nSigPnd:")  # not everybody who plays Linux tells
+        return bool(flags & _PF_EXITING or (is_told and int(rest.split()[0], 16) & _KILLED))
+
+
+def shells() -> set[int]:
+    """The processes of our session from which we descend, and its leader: who may pass on the hang-up of its terminal."""
+    session = os.getsid(0)
+    found = {session}
+    pid = os.getppid()
+    try:
+        while os.getsid(pid) == session:
+            found.add(pid)
+            with open(f"/proc/{pid}/stat", "rb") as stat:
+                pid = int(stat.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        pass  # it has ended, or cannot be seen
+    return found
 
 
 def continue_if_stopped(pid: int) -> None:

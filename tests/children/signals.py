@@ -8,7 +8,7 @@ NAMES = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGWIN
 
 
 def tell(number, frame):
-    print(signal.Signals(number).name, flush=True)
+    os.write(1, f"{signal.Signals(number).name}\n".encode())  # in one piece: another handler may interrupt this one
     if number == signal.SIGTERM:
         sys.exit(3)
 
