@@ -7,7 +7,9 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from portexec.driver import Listener
+    from portexec.api.driver import Listener
+    from portexec.api.listen import GuardedSocket, listen
+    from portexec.api.serve import AsyncServer, Server, Serving, serve
     from portexec.errors import (
         AlreadyEntered,
         CannotExecute,
@@ -22,12 +24,10 @@ if TYPE_CHECKING:
         UnknownReady,
         UsageError,
     )
-    from portexec.guarded import GuardedSocket, listen
-    from portexec.server import AsyncServer, Server, Serving, serve
 
 __version__ = "0.1.0"
 
-_HOMES = ("portexec.errors", "portexec.guarded", "portexec.server")  # of the names below, the cheapest first
+_HOMES = ("portexec.errors", "portexec.api.listen", "portexec.api.serve")  # of the names below, the cheapest first
 
 __all__ = [
     "AlreadyEntered",

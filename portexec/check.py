@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from portexec import handoff, sockets
+from portexec.binding import listeners as sockets
+from portexec.binding.spec import DEFAULT, parse_listen
+from portexec.command import plan as handoff
 from portexec.errors import PortexecError, RefusedError, reason
-from portexec.spec import DEFAULT, parse_listen
 
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _PROXIED = "available: a bind is made on the command's own socket"
@@ -46,7 +47,7 @@ def report_json() -> str:
 def _seccomp() -> str:
     if not sockets.LINUX:
         return "no: this is not Linux"
-    from portexec.supervisor import seccomp
+    from portexec.admission import seccomp
 
     if not seccomp.is_known_machine():
         return f"no: the system call numbers of {os.uname().machine} are not known to portexec"
@@ -87,7 +88,7 @@ def _guard() -> str:
     """Rehearse for real: a guard, a child, a filter, and a bind that is admitted."""
     if not sockets.LINUX:
         return "not available: it needs Linux' seccomp"
-    from portexec.supervisor import start
+    from portexec.parent.admit import start
 
     bound = sockets.bind_all(parse_listen([DEFAULT]), listening=False)
     try:

@@ -6,7 +6,9 @@ import _signal
 import os
 import sys
 
-from portexec import __version__, execute, handoff, options, publish
+from portexec import __version__, options
+from portexec.command import execute, publish
+from portexec.command import plan as handoff
 from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, UsageError, reason
 from portexec.launch import Launch, prepare
 
@@ -15,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import NoReturn, TypeVar
 
-    from portexec.supervision import Supervision
-    from portexec.supervisor.run import Admitted
-    from portexec.supervisor.shim import Shim
+    from portexec.parent.shim import Shim
+    from portexec.parent.supervisor import Admitted
+    from portexec.request import Supervision
 
     T = TypeVar("T", Admitted, Shim)
 
@@ -72,21 +74,21 @@ def _leave_no_socket_behind() -> None:
 
     That is for the time until a parent hears signals in its own way, or the command is executed; exec gives it the defaults.
     """
-    from portexec import unix_sockets
+    from portexec.binding import unix
 
     def end(number: int, _: object) -> None:
-        unix_sockets.remove_all()
+        unix.remove_all()
         _die_by(number)
 
-    for number in unix_sockets.ENDING_SIGNALS:
+    for number in unix.ENDING_SIGNALS:
         if _signal.getsignal(number) != _signal.SIG_IGN:
             _signal.signal(number, end)
 
 
 def _stay(launch: Launch, asked: Supervision, chosen: options.Options) -> int:
     """Be the parent of a command that was given a lifetime."""
-    from portexec.supervisor.run import end_as
-    from portexec.supervisor.stay import Stay
+    from portexec.lifetime.stay import Stay
+    from portexec.parent.supervisor import end_as
 
     stay = Stay(launch, asked, quiet=chosen.quiet, verbose=chosen.verbose)
     try:
@@ -117,7 +119,7 @@ def _become_or_wait(launch: Launch, chosen: options.Options, kill_after: float) 
         if supervised is not None:
             supervised.cancel()
         raise
-    from portexec.supervisor.run import end_as
+    from portexec.parent.supervisor import end_as
 
     return end_as(wait_status)
 
@@ -146,14 +148,14 @@ def _start(launch: Launch, start: Callable[[], T]) -> T | None:
 
 
 def _require_no_danger(launch: Launch) -> None:
-    from portexec import privileges
+    from portexec.admission import privileges
 
     if danger := privileges.lost_by(launch.plan.file):
         raise RefusedError(danger)
 
 
 def _rehearse(launch: Launch) -> Admitted:
-    from portexec.supervisor import start
+    from portexec.parent.admit import start
 
     return start(launch.plan, launch.bound.guards, launch.remap)
 
@@ -162,10 +164,10 @@ def _wait_for(
     supervised: Admitted, chosen: options.Options, launch: Launch, kill_after: float, published: publish.Published
 ) -> int:
     """Wait for a command that binds the number itself; returns its wait status. What was published holds for a daemon, too."""
-    from portexec.supervisor import run
+    from portexec.parent import supervisor as run
 
     supervised.go()
-    from portexec.supervisor.diagnosis import Diagnosis  # beside the command, which is on its way
+    from portexec.admission.diagnosis import Diagnosis  # beside the command, which is on its way
 
     diagnosis = Diagnosis(launch.bound.guards, quiet=chosen.quiet, verbose=chosen.verbose)
     supervisor = run.Supervisor(supervised, diagnosis, kill_after, is_killed=chosen.kill_after is not None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from portexec import activation
+from portexec.command import activation
+from portexec.command.publish import described
 from portexec.launch import Launch
-from portexec.publish import described
 
 
 def verbose(launch: Launch) -> str:

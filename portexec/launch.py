@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 
-from portexec import activation, environment, execute, handoff, options, sockets, spec, templates
+from portexec import options
+from portexec.binding import listeners as sockets
+from portexec.binding import spec
+from portexec.command import activation, environment, execute, templates
+from portexec.command import plan as handoff
 from portexec.errors import PortexecError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from portexec.supervision import Supervision
+    from portexec.request import Supervision
 
 SHELL = "/bin/sh"
 _MAX_FD = 2**20
@@ -45,7 +49,7 @@ class Request:
     def _supervision(self) -> Supervision | None:
         if not self.chosen.lifetime():
             return None
-        from portexec.supervision import Supervision
+        from portexec.request import Supervision
 
         return Supervision(self.chosen)
 

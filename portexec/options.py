@@ -9,7 +9,8 @@ Python 3.13).
 
 from __future__ import annotations
 
-from portexec import handoff, spec
+from portexec.binding import spec
+from portexec.command import plan as handoff
 from portexec.errors import UsageError
 
 TYPE_CHECKING = False

@@ -30,8 +30,8 @@ from statistics import median, quantiles
 
 from bench_common import BIN, PORTEXEC, environment, interleaved, print_table
 
-from portexec.sockets import Bound, bind_all
-from portexec.spec import parse_listen
+from portexec.binding.listeners import Bound, bind_all
+from portexec.binding.spec import parse_listen
 
 APPS = Path(__file__).resolve().parent.parent / "tests" / "apps"
 FLOOR = "floor"

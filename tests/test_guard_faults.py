@@ -444,7 +444,7 @@ def as_stranger(*words: str) -> subprocess.CompletedProcess[str]:
         pytest.skip("only root can become another user")
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        probe = [python, "-c", "import sys; assert sys.version_info >= (3, 10); import portexec.cli, portexec.supervisor.run"]
+        probe = [python, "-c", "import sys; assert sys.version_info >= (3, 10); import portexec.cli, portexec.parent"]
         options = {"user": STRANGER, "group": STRANGER, "extra_groups": [], "cwd": "/", "env": environment}
         try:
             if subprocess.run(probe, capture_output=True, timeout=DEADLINE, check=False, **options).returncode == 0:  # type: ignore[call-overload]

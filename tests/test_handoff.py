@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from portexec import handoff
+from portexec.binding.listeners import Listener
+from portexec.binding.spec import parse_listen
+from portexec.command import plan as handoff
+from portexec.command.plan import FD, GUARD, HOLD, Choice
 from portexec.errors import PortexecError
-from portexec.handoff import FD, GUARD, HOLD, Choice
-from portexec.sockets import Listener
-from portexec.spec import parse_listen
 
 ONE = ["0"]
 

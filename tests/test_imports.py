@@ -15,7 +15,8 @@ import portexec
 from tests import support
 
 PACKAGE = Path(portexec.__file__).parent
-MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent == PACKAGE or path.name != "__init__.py")
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 # Each costs more than all that is done on the exec path, or belongs to the supervisor.
 FORBIDDEN_ON_THE_EXEC_PATH = {
@@ -38,166 +39,65 @@ FORBIDDEN_ON_THE_EXEC_PATH = {
     "typing",
 }
 
-# The modules that each module may import, and no others.
+# The modules that each module may import, and no others. `binding.guard` is portexec/binding/guard.py.
+TABLE = """
+__init__: api.driver api.listen api.serve errors
+__main__: cli
+admission.answer: admission.seccomp binding.listeners binding.tables kernel
+admission.diagnosis: admission.answer command.publish
+admission.privileges:
+admission.seccomp: kernel
+api.driver: control errors
+api.listen: binding.listeners binding.spec errors
+api.pytest_entry:
+api.pytest_plugin: api.serve errors parent.tree
+api.serve: api.driver errors
+binding.listeners: binding.spec binding.tables binding.unix errors
+binding.spec: errors
+binding.tables:
+binding.unix: errors
+check: admission.seccomp binding.listeners binding.spec command.plan errors parent.admit
+cli: __init__ admission.diagnosis admission.privileges binding.unix check command.execute command.plan command.publish control
+    errors explain launch lifetime.stay options parent.admit parent.shim parent.supervisor request
+command.activation:
+command.environment: errors
+command.execute: command.activation command.plan errors
+command.plan: binding.listeners binding.spec command.activation command.templates errors
+command.publish: binding.listeners errors
+command.templates: binding.spec errors
+control: errors
+errors:
+explain: command.activation command.publish launch
+kernel:
+launch: binding.listeners binding.spec command.activation command.environment command.execute command.plan command.templates
+    errors options request
+lifetime.events: command.publish control launch
+lifetime.notify: binding.unix errors
+lifetime.pool: command.plan lifetime.start parent.shim parent.signals parent.tree
+lifetime.probe: binding.listeners binding.tables binding.unix
+lifetime.progress: command.publish
+lifetime.readiness: binding.listeners binding.tables lifetime.probe lifetime.start parent.tree request
+lifetime.run: control errors launch lifetime.events lifetime.notify lifetime.pool lifetime.server lifetime.start parent.shim
+    parent.signals parent.tree request
+lifetime.server: command.plan errors launch lifetime.events lifetime.pool lifetime.progress lifetime.readiness lifetime.start
+    parent.shim parent.signals request
+lifetime.start: errors parent.shim parent.tree
+lifetime.stay: admission.seccomp command.plan command.publish kernel launch lifetime.events lifetime.notify lifetime.pool
+    lifetime.run parent.shim parent.signals parent.tree request
+options: binding.spec command.plan errors
+parent.admit: binding.listeners command.plan parent.signals parent.spawn parent.supervisor
+parent.child: admission.seccomp binding.listeners command.execute command.plan errors kernel parent.signals
+parent.shim: admission.diagnosis binding.listeners command.plan errors parent.admit parent.signals parent.spawn
+    parent.supervisor parent.tree
+parent.signals: kernel
+parent.spawn: admission.seccomp command.execute command.plan kernel parent.child parent.signals parent.tree
+parent.supervisor: admission.answer admission.diagnosis binding.listeners errors parent.child parent.signals parent.spawn
+    parent.tree
+parent.tree: parent.signals
+request: binding.spec command.plan errors options
+"""
 ALLOWED = {
-    "__init__": {"driver", "errors", "guarded", "server"},  # lazily
-    "__main__": {"cli"},
-    "errors": set(),
-    "activation": set(),
-    "tcp_table": set(),
-    "spec": {"errors"},
-    "environment": {"errors"},
-    "templates": {"errors", "spec"},
-    "unix_sockets": {"errors"},
-    "privileges": set(),
-    "sockets": {"errors", "spec", "tcp_table", "unix_sockets"},
-    "publish": {"errors", "sockets"},
-    "handoff": {"activation", "errors", "sockets", "spec", "templates"},
-    "options": {"errors", "handoff", "spec"},
-    "execute": {"activation", "errors", "handoff"},
-    "launch": {
-        "activation",
-        "environment",
-        "errors",
-        "execute",
-        "handoff",
-        "options",
-        "sockets",
-        "spec",
-        "supervision",
-        "templates",
-    },
-    "supervision": {"errors", "handoff", "options", "spec"},
-    "control": {"errors"},
-    "guarded": {"errors", "sockets", "spec"},
-    "driver": {"control", "errors"},
-    "server": {"driver", "errors"},
-    "pytest_entry": set(),
-    "pytest_plugin": {"errors", "server", "supervisor.tree"},
-    "explain": {"activation", "launch", "publish"},
-    "supervisor": {"handoff", "sockets", "supervisor.run", "supervisor.signals", "supervisor.spawn"},
-    "supervisor.libc": set(),
-    "supervisor.seccomp": {"supervisor.libc"},
-    "supervisor.signals": {"supervisor.libc"},
-    "supervisor.admission": {"sockets", "supervisor.seccomp", "tcp_table", "supervisor.libc"},
-    "supervisor.child": {
-        "errors",
-        "execute",
-        "handoff",
-        "sockets",
-        "supervisor.seccomp",
-        "supervisor.signals",
-        "supervisor.libc",
-    },
-    "supervisor.diagnosis": {"publish", "supervisor.admission"},
-    "supervisor.spawn": {
-        "execute",
-        "handoff",
-        "supervisor.child",
-        "supervisor.seccomp",
-        "supervisor.signals",
-        "supervisor.libc",
-        "supervisor.tree",
-    },
-    "supervisor.run": {
-        "errors",
-        "sockets",
-        "supervisor.admission",
-        "supervisor.child",
-        "supervisor.diagnosis",
-        "supervisor.signals",
-        "supervisor.spawn",
-        "supervisor.tree",
-    },
-    "supervisor.tree": {"supervisor.signals"},
-    "supervisor.shim": {
-        "errors",
-        "handoff",
-        "sockets",
-        "supervisor",
-        "supervisor.diagnosis",
-        "supervisor.run",
-        "supervisor.signals",
-        "supervisor.spawn",
-        "supervisor.tree",
-    },
-    "supervisor.generation": {"errors", "supervisor.shim", "supervisor.tree"},
-    "supervisor.pool": {"handoff", "supervisor.generation", "supervisor.shim", "supervisor.signals", "supervisor.tree"},
-    "supervisor.progress": {"publish"},
-    "supervisor.reporter": {"control", "launch", "publish"},
-    "supervisor.notify": {"errors", "unix_sockets"},
-    "supervisor.probe": {"sockets", "tcp_table", "unix_sockets"},
-    "supervisor.readiness": {
-        "sockets",
-        "supervision",
-        "supervisor.generation",
-        "supervisor.probe",
-        "supervisor.tree",
-        "tcp_table",
-    },
-    "supervisor.succession": {
-        "errors",
-        "handoff",
-        "launch",
-        "supervision",
-        "supervisor.generation",
-        "supervisor.pool",
-        "supervisor.progress",
-        "supervisor.readiness",
-        "supervisor.reporter",
-        "supervisor.shim",
-        "supervisor.signals",
-    },
-    "supervisor.lifetime": {
-        "control",
-        "errors",
-        "launch",
-        "supervision",
-        "supervisor.generation",
-        "supervisor.notify",
-        "supervisor.pool",
-        "supervisor.reporter",
-        "supervisor.shim",
-        "supervisor.signals",
-        "supervisor.succession",
-        "supervisor.tree",
-    },
-    "supervisor.stay": {
-        "handoff",
-        "launch",
-        "publish",
-        "supervision",
-        "supervisor.libc",
-        "supervisor.lifetime",
-        "supervisor.notify",
-        "supervisor.pool",
-        "supervisor.reporter",
-        "supervisor.seccomp",
-        "supervisor.shim",
-        "supervisor.signals",
-        "supervisor.tree",
-    },
-    "check": {"errors", "handoff", "sockets", "spec", "supervisor", "supervisor.seccomp"},
-    "cli": {
-        "__init__",
-        "check",
-        "control",
-        "errors",
-        "execute",
-        "explain",
-        "handoff",
-        "launch",
-        "options",
-        "privileges",
-        "publish",
-        "supervision",
-        "supervisor",
-        "supervisor.diagnosis",
-        "supervisor.run",
-        "supervisor.shim",
-        "supervisor.stay",
-        "unix_sockets",
-    },
+    words[0].rstrip(":"): set(words[1:]) for words in (row.split() for row in TABLE.replace("\n    ", " ").strip().splitlines())
 }
 
 
@@ -222,10 +122,13 @@ def imported_by(path: Path) -> Iterator[str]:
 def our_modules_imported_by(path: Path) -> set[str]:
     ours = {name_of(module) for module in MODULES}
     imported = {name.removeprefix("portexec.") for name in imported_by(path) if name.startswith("portexec.")}
-    found = {name for name in imported if name in ours - {"supervisor"}}
     # `from portexec import __version__` names no module, so it is the package's own.
-    own = {"__version__": "__init__", "supervisor.start": "supervisor", "supervisor.admit": "supervisor"}
-    return found | {package for name, package in own.items() if name in imported}
+    return {name for name in imported if name in ours} | ({"__init__"} if "__version__" in imported else set())
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_a_folder_and_nothing_else(room: str) -> None:
+    assert (PACKAGE / room / "__init__.py").read_text() == ""
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -254,12 +157,12 @@ def test_nobody_imports_the_command_line(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_the_supervisor_and_the_api_import_anyio(path: Path) -> None:
     imported = {name.partition(".")[0] for name in imported_by(path)}
-    assert not imported & {"anyio", "asyncio"} or name_of(path).startswith("supervisor") or name_of(path) == "server"
+    assert not imported & {"anyio", "asyncio"} or name_of(path).startswith("lifetime.") or name_of(path) == "api.serve"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_the_environment_imports_dotenv(path: Path) -> None:
-    assert "dotenv" not in {name.partition(".")[0] for name in imported_by(path)} or name_of(path) == "environment"
+    assert "dotenv" not in {name.partition(".")[0] for name in imported_by(path)} or name_of(path) == "command.environment"
 
 
 def modules_on_the_way(*words: str) -> set[str]:
@@ -292,8 +195,8 @@ EXEC_PATHS = [
 @pytest.mark.parametrize("words", EXEC_PATHS, ids=" ".join)
 def test_little_is_imported_on_the_exec_path(words: list[str]) -> None:
     imported = modules_on_the_way(*words)
-    assert {"portexec.cli", "portexec.execute", "_socket"} <= imported
-    assert not any(name.startswith("portexec.supervisor") for name in imported)
+    assert {"portexec.cli", "portexec.command.execute", "_socket"} <= imported
+    assert not any(name.startswith(("portexec.admission", "portexec.parent", "portexec.lifetime")) for name in imported)
     assert sorted(FORBIDDEN_ON_THE_EXEC_PATH & {name.partition(".")[0] for name in imported}) == []
 
 

@@ -14,7 +14,7 @@ from textwrap import dedent
 
 import pytest
 
-from portexec import pytest_entry
+from portexec.api import pytest_entry
 from tests.support import DEADLINE, ROOT, child, wait_for
 
 pytest_plugins = ["pytester"]
@@ -570,10 +570,10 @@ def test_it_costs_nothing_where_it_is_not_used(inner: Inner) -> None:
     )
     # anyio has a pytest plugin itself, which is there wherever anyio is.
     inner.run("def test_nothing(): pass", "-p", "no:anyio").assert_outcomes(passed=1)
-    assert inner.notes() == ["portexec.pytest_entry", "portexec", "portexec.pytest_entry", "portexec.pytest_plugin"]
+    assert inner.notes() == ["portexec.api.pytest_entry", "portexec", "portexec.api.pytest_entry", "portexec.api.pytest_plugin"]
 
 
-@pytest.mark.parametrize(("version", "plugins"), [((7, 4, 4), []), ((8, 0, 0), ["portexec.pytest_plugin"])])
+@pytest.mark.parametrize(("version", "plugins"), [((7, 4, 4), []), ((8, 0, 0), ["portexec.api.pytest_plugin"])])
 def test_an_older_pytest_gets_nothing(version: tuple[int, ...], plugins: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pytest, "version_tuple", version)
     assert runpy.run_path(pytest_entry.__file__)["pytest_plugins"] == plugins

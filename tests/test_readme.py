@@ -322,7 +322,7 @@ def run_tests(block: Block, place: Path) -> None:
     """Run it with the plugin, which an installed portexec brings along."""
     (place / "test_readme_block.py").write_text(block.text)
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_readme_block.py"]
-    words += [] if is_installed_package() else ["-p", "portexec.pytest_plugin"]
+    words += [] if is_installed_package() else ["-p", "portexec.api.pytest_plugin"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=2 * DEADLINE, env=with_root())
     assert done.returncode == 0, done.stdout
     assert f"{block.text.count('def test_')} passed" in done.stdout

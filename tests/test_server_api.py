@@ -30,7 +30,7 @@ import anyio.to_thread
 import pytest
 
 import portexec
-from portexec import driver
+from portexec.api import driver
 from tests.support import DEADLINE, child, descriptors_of, get, status_of, wait_for
 from tests.test_servers import is_installed, need
 from tests.test_theft import read_line, thief
@@ -954,7 +954,7 @@ def test_interrupted_when_it_is_ready(mark: str, monkeypatch: pytest.MonkeyPatch
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("portexec.server.Server", interrupt)
+    monkeypatch.setattr("portexec.api.serve.Server", interrupt)
     with pytest.raises(KeyboardInterrupt):
         portexec.serve(LIGHT).__enter__()
     assert describe(marked(mark)) == []

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from portexec.binding.spec import ListenSpec, is_name, parse_listen, variable_of
 from portexec.errors import PortexecError
-from portexec.spec import ListenSpec, is_name, parse_listen, variable_of
 
 ANY = ((0, 0),)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from portexec.supervisor.tree import descendants
+from portexec.parent.tree import descendants
 from tests.support import DEADLINE, PORTEXEC, child, kill_group, run, running, status_of, wait_for
 
 GUARD = ("-q", "-H", "guard", "--")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from portexec.command.templates import FIELDS, expand, uses
 from portexec.errors import PortexecError
-from portexec.templates import FIELDS, expand, uses
 
 VALUES = {
     "port": "4000",

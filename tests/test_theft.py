@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from portexec import sockets
+from portexec.binding import listeners as sockets
 from tests.support import DEADLINE, STRANGER, Running, child, run, running
 
 Attempt = dict[str, Any]

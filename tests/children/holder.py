@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from portexec import sockets, spec
+from portexec.binding import listeners as sockets
+from portexec.binding import spec
 
 
 def main() -> None:

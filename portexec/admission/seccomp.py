@@ -1,0 +1,250 @@
+"""The kernel's numbers and layouts for seccomp user notification, and thin calls around them. Nothing is decided here.
+
+Sources: seccomp(2), seccomp_unotify(2), pidfd_getfd(2), include/uapi/linux/{seccomp,filter,audit,prctl}.h, and each machine's
+syscall table. `struct seccomp_notif` is `<Q id> <I pid> <I flags>` and `struct seccomp_data`, which is `<i nr> <I arch>
+<Q instruction pointer> <6Q args>`; `struct seccomp_notif_resp` is `<Q id> <q val> <i error> <I flags>`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+
+from portexec import kernel
+
+SET_MODE_FILTER = 1
+FLAG_SPEC_ALLOW = 1 << 2  # Linux 4.17; without it a filter slows every task below it down before 5.16
+FLAG_NEW_LISTENER = 1 << 3  # Linux 5.0
+FLAG_WAIT_KILLABLE_RECV = 1 << 5  # Linux 5.19
+RESPONSE_CONTINUE = 1  # Linux 5.5
+
+RET_ALLOW = 0x7FFF0000
+RET_USER_NOTIF = 0x7FC00000
+
+_BUFFER_SIZE = 256  # a later kernel's notification may be longer; RECV wants zeros up to its own length
+_RECV = 0xC0502100
+_SEND = 0xC0182101
+_ID_VALID = 0x80082102  # the number that Linux 5.0 gave it; later kernels accept it beside the corrected one
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+
+_PIDFD_GETFD = 438
+_PIDFD_THREAD = os.O_EXCL  # Linux 6.9
+SOCKETCALL_BIND = 2
+SOCKETCALL_LISTEN = 4
+
+BIND = "bind"
+LISTEN = "listen"
+
+
+class Machine:
+    """One system call table: its audit number, the numbers of bind, listen and socketcall (0: none), and how
+    many bytes socketcall's arguments have each."""
+
+    def __init__(self, arch: int, bind: int, listen: int, socketcall: int = 0, word: int = 8) -> None:
+        self.arch = arch
+        self.bind = bind
+        self.listen = listen
+        self.socketcall = socketcall
+        self.word = word
+
+
+_I386 = Machine(0x40000003, 361, 363, 102, word=4)
+_ARM = Machine(0x40000028, 282, 284)
+_X86_64 = Machine(0xC000003E, 49, 50)
+_X32 = Machine(0xC000003E, 0x40000031, 0x40000032)
+_S390 = Machine(0x00000016, 361, 363, 102, word=4)
+
+# uname -m: the number of seccomp(2), and the tables that a process may use, the native one first.
+_MACHINES: dict[str, tuple[int, tuple[Machine, ...]]] = {
+    "x86_64": (317, (_X86_64, _X32, _I386)),
+    "i686": (354, (_I386,)),
+    "aarch64": (277, (Machine(0xC00000B7, 200, 201), _ARM)),
+    "armv7l": (383, (_ARM,)),
+    "riscv64": (277, (Machine(0xC00000F3, 200, 201),)),
+    "loongarch64": (277, (Machine(0xC0000102, 200, 201),)),
+    "ppc64le": (358, (Machine(0xC0000015, 327, 329, 102),)),
+    "s390x": (348, (Machine(0x80000016, 361, 363, 102), _S390)),
+}
+
+# linux/bpf_common.h: load a word, compare, return; struct seccomp_data: offsets of nr, arch and the arguments' low halves.
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_NR, _ARCH = 0, 4
+_ARGS = 16 if sys.byteorder == "little" else 20
+_POINTER = 8 if sys.maxsize > 1 << 32 else 4
+_MIN_SOCKADDR = 16  # sockaddr_in; netlink's 12 bytes, which glibc binds at each name lookup, need not stop here
+
+
+def _block(machine: Machine) -> list[tuple[int, int, int, int]]:
+    """The instructions for one table, as (code, jump if true, jump if false, operand). They end in a return."""
+    notify, allow = (_RETURN, 0, 0, RET_USER_NOTIF), (_RETURN, 0, 0, RET_ALLOW)
+    block = [
+        (_LOAD, 0, 0, _NR),
+        (_EQUAL, 0, 4, machine.bind),
+        (_LOAD, 0, 0, _ARGS + 2 * 8),
+        (_AT_LEAST, 0, 1, _MIN_SOCKADDR),
+        notify,
+        allow,
+        (_EQUAL, 0, 1, machine.listen),
+        notify,
+    ]
+    if machine.socketcall:
+        block += [
+            (_EQUAL, 0, 5, machine.socketcall),
+            (_LOAD, 0, 0, _ARGS),
+            (_EQUAL, 1, 0, SOCKETCALL_BIND),
+            (_EQUAL, 0, 1, SOCKETCALL_LISTEN),
+            notify,
+            allow,
+        ]
+    return block
+
+
+def program(machines: tuple[Machine, ...]) -> list[tuple[int, int, int, int]]:
+    """The whole filter: bind and listen of every table are notified, all else is allowed, as are unknown tables."""
+    instructions: list[tuple[int, int, int, int]] = [(_LOAD, 0, 0, _ARCH)]
+    for arch in dict.fromkeys(machine.arch for machine in machines):
+        tables = [_block(machine) for machine in machines if machine.arch == arch]
+        block = [instruction for table in tables for instruction in table] + [(_RETURN, 0, 0, RET_ALLOW)]
+        instructions += [(_EQUAL, 0, len(block), arch), *block]
+    return [*instructions, (_RETURN, 0, 0, RET_ALLOW)]
+
+
+def is_known_machine() -> bool:
+    """Whether the numbers of this machine are in the table."""
+    return os.uname().machine in _MACHINES
+
+
+def has_flags(flags: int) -> bool:
+    """Whether this kernel knows all these flags. Raises OSError where seccomp itself is refused. Nothing is installed.
+
+    A filter that is a null pointer is EFAULT with flags that are known, EINVAL with others.
+    """
+    try:
+        kernel.syscall(_MACHINES[os.uname().machine][0], SET_MODE_FILTER, flags, 0)
+    except OSError as error:
+        if error.errno not in (errno.EFAULT, errno.EINVAL):
+            raise
+        return error.errno == errno.EFAULT
+    return False
+
+
+def install() -> int:
+    """Filter this process and all that it will become or start; return the notify fd, close-on-exec.
+
+    No-new-privileges is set only where the kernel demands it, that is without CAP_SYS_ADMIN. Raises OSError, with nothing
+    installed: EBUSY under another notifier, EINVAL, EPERM or ENOSYS where it is not to be had.
+    """
+    try:
+        number, machines = _MACHINES[os.uname().machine]
+    except KeyError:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    instructions = program(machines)
+    memory, address = kernel.pointer_to(b"".join(map(_packed, instructions)))
+    compiled = len(instructions).to_bytes(2, sys.byteorder).ljust(_POINTER, b"\0") + address.to_bytes(_POINTER, sys.byteorder)
+    flags = FLAG_NEW_LISTENER | FLAG_SPEC_ALLOW
+    if has_flags(flags | FLAG_WAIT_KILLABLE_RECV):
+        flags |= FLAG_WAIT_KILLABLE_RECV
+    try:
+        return kernel.syscall(number, SET_MODE_FILTER, flags, compiled)
+    except OSError as error:
+        if error.errno != errno.EACCES:
+            raise
+        kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
+        return kernel.syscall(number, SET_MODE_FILTER, flags, compiled)
+    finally:
+        del memory  # not before the kernel has read it
+
+
+def _packed(instruction: tuple[int, int, int, int]) -> bytes:
+    """struct sock_filter. The whole is a struct sock_fprog: a u16 length and, aligned, a pointer to these."""
+    code, if_true, if_false, operand = instruction
+    return code.to_bytes(2, sys.byteorder) + bytes((if_true, if_false)) + operand.to_bytes(4, sys.byteorder)
+
+
+class Notification:
+    """A system call of the command that waits for an answer. `thread` is the caller's thread id, `call` BIND or LISTEN."""
+
+    __slots__ = ("arch", "args", "id", "nr", "thread")
+
+    def __init__(self, data: bytes) -> None:
+        self.id = _number(data, 0, 8)
+        self.thread = _number(data, 8, 4)
+        self.nr = _number(data, 16, 4)
+        self.arch = _number(data, 20, 4)
+        self.args = tuple(_number(data, at, 8) for at in range(32, 80, 8))
+
+
+def _number(data: bytes, at: int, size: int) -> int:
+    return int.from_bytes(data[at : at + size], sys.byteorder)
+
+
+def receive(notify_fd: int) -> Notification | None:
+    """Take the next notification; None when its caller has gone in the meantime or a signal came first."""
+    buffer = bytearray(_BUFFER_SIZE)
+    try:
+        fcntl.ioctl(notify_fd, _RECV, buffer, True)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINTR):
+            return None
+        raise
+    return Notification(bytes(buffer))
+
+
+def is_waiting(notify_fd: int, identifier: int) -> bool:
+    """Whether the caller still waits, so that what was read of it meanwhile was really its own."""
+    try:
+        fcntl.ioctl(notify_fd, _ID_VALID, identifier.to_bytes(8, sys.byteorder))
+    except OSError:
+        return False
+    return True
+
+
+def answer(notify_fd: int, identifier: int, code: int | None) -> bool:
+    """Let the call return 0 or fail with this errno, or with None go on in the kernel. False: the caller has gone."""
+    error, flags = (0, RESPONSE_CONTINUE) if code is None else (-code, 0)
+    try:
+        parts = ((identifier, 8), (0, 8), (error, 4), (flags, 4))
+        fcntl.ioctl(notify_fd, _SEND, b"".join(part.to_bytes(size, sys.byteorder, signed=part < 0) for part, size in parts))
+    except OSError as failure:
+        if failure.errno not in (errno.ENOENT, errno.EINPROGRESS):
+            raise
+        return False
+    return True
+
+
+def machine_of(notification: Notification) -> Machine | None:
+    """The table that the notified call is from."""
+    for machine in _MACHINES[os.uname().machine][1]:
+        if machine.arch == notification.arch and notification.nr in (machine.bind, machine.listen, machine.socketcall):
+            return machine
+    return None
+
+
+def duplicate(thread: int, fd: int) -> int:
+    """A duplicate, close-on-exec, of a descriptor of another thread. Raises OSError: EPERM, EBADF, ESRCH.
+
+    A thread that is not the leader has a pidfd of its own from Linux 6.9 on; before, its process' table is the same.
+    """
+    try:
+        pidfd = os.pidfd_open(thread, _PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        pidfd = os.pidfd_open(_process_of(thread))
+    try:
+        return kernel.syscall(_PIDFD_GETFD, pidfd, fd, 0)
+    finally:
+        os.close(pidfd)
+
+
+def _process_of(thread: int) -> int:
+    with open(f"/proc/{thread}/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"Tgid:"):
+                return int(line.split()[1])
+    raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))

@@ -1,0 +1,210 @@
+"""Carries out a `Plan` in this process: place the descriptors, reset what Python changed, become the command.
+
+Exec mode calls it in the process that the user started; a supervised command calls it in the child, as the last link of the
+chain. Nothing here decides anything, and nothing here is imported that is not needed.
+"""
+
+from __future__ import annotations
+
+import _signal  # `signal` wraps every number in an enumeration, which costs more than all that is done here
+import errno
+import fcntl
+import os
+
+from portexec.command import activation
+from portexec.command.plan import Plan
+from portexec.errors import CannotExecute, CommandNotFound, PortexecError, reason
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import NoReturn
+
+_DEFAULT_PATH = "/bin:/usr/bin"  # what execvp(3) takes when there is no PATH
+_OUT_OF_THE_WAY = 64  # scripts use descriptors up to 9 by number, shells save theirs from 10 on
+_STDERR = 2
+_JOBSERVER_OPTIONS = ("--jobserver-auth=", "--jobserver-fds=")
+_JOBSERVER_VARIABLES = ("MAKEFLAGS", "MFLAGS", "CARGO_MAKEFLAGS")
+
+
+def find_command(name: str, environment: Mapping[str, str]) -> str:
+    """The file that execvp(3) would run for a command. Raises PortexecError with status 126 or 127 when there is none."""
+    if "/" in name:
+        _require_executable(name)
+        return name
+    forbidden = ""
+    for directory in environment.get("PATH", _DEFAULT_PATH).split(":"):
+        file = os.path.join(directory or ".", name)
+        if os.path.isfile(file):
+            if os.access(file, os.X_OK):
+                return file
+            forbidden = forbidden or file
+    if forbidden and name:
+        raise _cannot_execute(forbidden, "Permission denied", f"make it executable: chmod +x {forbidden}")
+    hint = "is it installed, and on the PATH?"
+    if " " in name:
+        hint = f"write it as separate words: portexec -- {name}"
+    elif not name:
+        hint = "the first word is empty; is a variable unset?"
+    raise CommandNotFound(f"command not found: {name or repr(name)}", hint)
+
+
+def _require_executable(file: str) -> None:
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        raise (CommandNotFound if missing else CannotExecute)(f"cannot run {file}: {reason(error)}") from error
+    if not os.path.isfile(file):
+        kind = "Is a directory" if os.path.isdir(file) else "not a file"
+        raise _cannot_execute(file, kind, "")
+    if not os.access(file, os.X_OK):
+        runnable = status.st_mode & 0o111
+        raise _cannot_execute(file, "Permission denied", "" if runnable else f"make it executable: chmod +x {file}")
+
+
+def execute(plan: Plan) -> NoReturn:
+    """Become the command. Does not return.
+
+    Raises PortexecError with status 126 or 127 when the kernel refuses, and with 125 when descriptors run out.
+    """
+    environment = dict(plan.environment)
+    errors = -1
+    try:
+        if plan.first_fd <= _STDERR:
+            errors = duplicate(_STDERR, _STDERR + 1, inheritable=False)
+        moved = place(plan.passed, plan.first_fd, plan.kept)
+    except OSError as error:
+        raise PortexecError(f"cannot place the descriptors: {reason(error)}", "raise the limit with `ulimit -n`") from error
+    follow_jobserver(environment, moved)
+    if plan.for_pid:
+        environment = activation.pid_variables(os.getpid()) | environment
+    _reset_signals()
+    try:
+        _exec(plan.file, plan.argv, environment)
+    except OSError as error:
+        if errors >= 0:
+            os.dup2(errors, _STDERR)
+        raise _refused(plan.file, error) from error
+
+
+def place(passed: tuple[int, ...], first_fd: int, kept: tuple[int, ...]) -> dict[int, int]:
+    """Move the descriptors `passed` to `first_fd` and following, and let the command inherit them and those `kept`.
+
+    What somebody else has open there is moved out of the way, and the return value says from where to where. Standard
+    streams are replaced, not moved: whoever asks for descriptor 0 wants another standard input.
+    """
+    end = first_fd + len(passed)
+    number_of = {fd: fd for fd in (*passed, *kept)}  # where each of ours is at the moment
+    at = {fd: fd for fd in number_of}  # and which of ours is at a number
+    moved: dict[int, int] = {}
+    for target, fd in enumerate(passed, first_fd):
+        source = number_of[fd]
+        if source != target and target in at:
+            _swap(source, target, end)
+            number_of[at[target]], at[source] = source, at[target]
+        elif source != target:
+            if target > _STDERR and _is_inheritable(target):
+                moved[target] = duplicate(target, end, inheritable=True)
+            os.dup2(source, target)
+            os.close(source)
+            del at[source]
+        number_of[fd], at[target] = target, fd
+        os.set_inheritable(target, True)
+    for fd in kept:
+        _keep(number_of[fd])
+    return moved
+
+
+def _swap(one: int, other: int, end: int) -> None:
+    """Exchange two descriptors of ours by way of one spare number, of which there may be no more."""
+    spare = duplicate(other, end, inheritable=False)
+    os.dup2(one, other, inheritable=False)
+    os.dup2(spare, one, inheritable=False)
+    os.close(spare)
+
+
+def _keep(fd: int) -> None:
+    """Let the command inherit a descriptor, under a number that is in nobody's way if the limits allow one."""
+    if fd >= _OUT_OF_THE_WAY:
+        os.set_inheritable(fd, True)
+    else:
+        duplicate(fd, fd + 1, inheritable=True)
+        os.close(fd)
+
+
+def duplicate(fd: int, lowest: int, *, inheritable: bool) -> int:
+    """Duplicate a descriptor to a free number out of the way, or where the limits do not reach that far, from `lowest` on."""
+    command = fcntl.F_DUPFD if inheritable else fcntl.F_DUPFD_CLOEXEC
+    try:
+        return fcntl.fcntl(fd, command, max(lowest, _OUT_OF_THE_WAY))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EMFILE):
+            raise
+        return fcntl.fcntl(fd, command, lowest)
+
+
+def _is_inheritable(fd: int) -> bool:
+    try:
+        return os.get_inheritable(fd)
+    except OSError:
+        return False
+
+
+def follow_jobserver(environment: dict[str, str], moved: Mapping[int, int]) -> None:
+    """Tell make and its like where their jobserver's pipe is now: `--jobserver-auth=3,4` (GNU make manual, POSIX Jobserver)."""
+    for variable in _JOBSERVER_VARIABLES if moved else ():
+        words = environment.get(variable, "").split(" ")
+        if words != [""]:
+            environment[variable] = " ".join(_follow(word, moved) for word in words)
+
+
+def _follow(word: str, moved: Mapping[int, int]) -> str:
+    for option in _JOBSERVER_OPTIONS:
+        numbers = word.removeprefix(option).split(",")
+        if word.startswith(option) and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+            return option + ",".join(str(moved.get(int(number), number)) for number in numbers)
+    return word
+
+
+def _reset_signals() -> None:
+    """Undo what Python ignores at its start; exec would keep it. What was set before that is not to be known."""
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
+        _signal.signal(number, _signal.SIG_DFL)
+
+
+def _exec(file: str, argv: list[str], environment: dict[str, str]) -> NoReturn:
+    try:
+        os.execve(file, argv, environment)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+        # A script without `#!`: execvp(3) gives it to the shell, and so do env and every shell.
+        os.execve("/bin/sh", ["/bin/sh", file, *argv[1:]], environment)
+
+
+def _refused(file: str, error: OSError) -> PortexecError:
+    if error.errno == errno.ENOENT and not os.path.exists(file):
+        return CommandNotFound(f"cannot run {file}: {reason(error)}")
+    if error.errno == errno.ENOENT:
+        return _missing_interpreter(file)
+    return _cannot_execute(file, reason(error), "")
+
+
+def _missing_interpreter(file: str) -> CannotExecute:
+    """The kernel says ENOENT of a file that is there: what is missing is the program that is to run it."""
+    try:
+        with open(file, "rb") as script:
+            first = script.readline(256)
+    except OSError:
+        first = b""
+    if not first.startswith(b"#!"):
+        return _cannot_execute(file, "its dynamic loader is missing", "is it built for another system or C library?")
+    interpreter = os.fsdecode((first[2:].split(maxsplit=1) or [b""])[0])
+    if first.endswith(b"\r\n"):
+        return _cannot_execute(file, "its first line has a Windows line end", f"convert it: sed -i 's/\\r$//' {file}")
+    return _cannot_execute(file, f"its interpreter {interpreter} does not exist", "correct its first line, or install that")
+
+
+def _cannot_execute(file: str, why: str, hint: str) -> CannotExecute:
+    return CannotExecute(f"cannot run {file}: {why}", hint)

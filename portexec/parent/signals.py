@@ -1,0 +1,171 @@
+"""Signals of the waiting parent: what is forwarded, what is not, stopping and continuing with the command.
+
+All that we would forward is blocked and read from a signalfd(2), which tells who sent it. What the terminal sends (Ctrl-C,
+Ctrl-Z, a new window size) it sends to the whole process group, the command included, so that is not forwarded.
+"""
+
+from __future__ import annotations
+
+import _signal
+import os
+import struct
+
+from portexec import kernel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+FORWARDED = frozenset(
+    {
+        _signal.SIGHUP,
+        _signal.SIGINT,
+        _signal.SIGQUIT,
+        _signal.SIGTERM,
+        _signal.SIGUSR1,
+        _signal.SIGUSR2,
+        _signal.SIGWINCH,
+        _signal.SIGCONT,
+        _signal.SIGTSTP,
+        _signal.SIGTTIN,
+        _signal.SIGTTOU,
+        *range(_signal.SIGRTMIN, _signal.SIGRTMAX + 1),
+    }
+)
+STOP_REQUESTS = frozenset({_signal.SIGTERM, _signal.SIGINT})
+_JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU})
+
+_INFO_SIZE = 128
+_INFO = struct.Struct("IiiI")  # the begin of struct signalfd_siginfo: number, errno, code and the sender's pid
+_SENT_BY_KERNEL = 0x80  # SI_KERNEL, sigaction(2)
+
+
+class Received:
+    """One signal. `from_terminal`: the kernel sent it, and so to the whole foreground group; else `sender` is a pid."""
+
+    __slots__ = ("from_terminal", "number", "sender")
+
+    def __init__(self, number: int, sender: int, *, from_terminal: bool) -> None:
+        self.number = number
+        self.sender = sender
+        self.from_terminal = from_terminal
+
+
+class Inbox:
+    """The signals of this process, blocked and to be read. `fileno` is readable when some are there; `close` ends it.
+
+    SIGCHLD is among them, and is not ignored for as long as the inbox lives, since then no status would be kept.
+    """
+
+    def __init__(self) -> None:
+        numbers = {*FORWARDED, _signal.SIGCHLD}
+        self.mask_before = _signal.pthread_sigmask(_signal.SIG_BLOCK, numbers)
+        self.child_handler_before = _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+        self._numbers = numbers
+        self._fd = -1
+
+    def fileno(self) -> int:
+        if self._fd < 0:
+            self._fd = kernel.signalfd(self._numbers)
+        return self._fd
+
+    def read(self) -> Iterable[Received]:
+        """Return what has arrived, in the order of arrival."""
+        received: list[Received] = []
+        while True:
+            try:
+                data = os.read(self.fileno(), 16 * _INFO_SIZE)
+            except BlockingIOError:
+                return received
+            for at in range(0, len(data), _INFO_SIZE):
+                number, _, code, sender = _INFO.unpack_from(data, at)
+                received.append(Received(number, sender, from_terminal=code == _SENT_BY_KERNEL))
+
+    def restore(self) -> None:
+        """Give signals the mask and the disposition that they had; called in the child and before portexec itself executes."""
+        if self.child_handler_before is not None:
+            _signal.signal(_signal.SIGCHLD, self.child_handler_before)
+        for number in (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM):
+            if callable(_signal.getsignal(number)):
+                _signal.signal(number, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, self.mask_before)
+
+    def close(self) -> None:
+        """Give back the descriptor. Whoever asks for it again, as a fork does for its own signals, gets a new one."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def is_to_be_forwarded(signal: Received) -> bool:
+    """Whether the command has not got it already.
+
+    A hang-up comes from the kernel to a session leader alone when its terminal goes away.
+    """
+    if signal.number not in FORWARDED:
+        return False
+    is_hangup_of_leader = signal.number == _signal.SIGHUP and os.getsid(0) == os.getpid()
+    return not signal.from_terminal or is_hangup_of_leader
+
+
+def reap() -> Iterator[tuple[int, int]]:
+    """Take the status of every child that ended or stopped, and of the orphans that became ours."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status
+
+
+def has_died_of(wait_status: int, number: int) -> bool:
+    """Whether a command ended by this signal, or after it had caught it, as shells say so."""
+    if os.WIFSIGNALED(wait_status):
+        return os.WTERMSIG(wait_status) == number
+    return os.WIFEXITED(wait_status) and os.WEXITSTATUS(wait_status) == 128 + number
+
+
+def is_ignored(number: int) -> bool:
+    """Whether our caller had it ignored, as nohup(1) does with HUP and a shell with INT for what runs in the background."""
+    return bool(_signal.getsignal(number) == _signal.SIG_IGN)
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a child of ours that has not been waited for, or to one that may have gone."""
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def stop_with(stop_signal: int) -> None:
+    """Stop as the command was stopped, so that the shell sees the job stop; returns when we are continued.
+
+    Without a terminal nobody would continue us, and the command's binds would wait for ever.
+    """
+    if stop_signal in _JOB_CONTROL_STOPS and has_terminal():
+        os.kill(os.getpid(), _signal.SIGSTOP)
+
+
+def die_by(number: int) -> None:
+    """End by this signal, without a second core file. Returns where that is impossible, as for PID 1."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    try:
+        _signal.signal(number, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [number])
+    except (OSError, ValueError):
+        pass  # KILL, and those that the C library keeps for itself
+    os.kill(os.getpid(), number)
+
+
+def has_terminal() -> bool:
+    """Whether this session has a terminal that has not been hung up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
