@@ -6,6 +6,7 @@ import os
 import sys
 
 from portexec.binding import listeners as sockets
+from portexec.binding.guard import has_ipv6
 from portexec.binding.spec import DEFAULT, parse_listen
 from portexec.command import plan as handoff
 from portexec.errors import PortexecError, RefusedError, reason
@@ -21,7 +22,7 @@ def findings() -> dict[str, str]:
     usable = guard.startswith("available")
     return {
         "system": f"{os.uname().sysname} {os.uname().release} {os.uname().machine}, Python {sys.version.split()[0]}",
-        "ipv6": "yes" if sockets.has_ipv6() else "no: guards are for IPv4 alone",
+        "ipv6": "yes" if has_ipv6() else "no: guards are for IPv4 alone",
         "seccomp": _seccomp(),
         "yama": _yama(),
         "no-new-privileges": _no_new_privileges(),

@@ -43,7 +43,7 @@ FORBIDDEN_ON_THE_EXEC_PATH = {
 TABLE = """
 __init__: api.driver api.listen api.serve errors
 __main__: cli
-admission.answer: admission.seccomp binding.listeners binding.tables kernel
+admission.answer: admission.seccomp binding.guard binding.listeners binding.tables kernel
 admission.diagnosis: admission.answer command.publish
 admission.privileges:
 admission.seccomp: kernel
@@ -52,11 +52,13 @@ api.listen: binding.listeners binding.spec errors
 api.pytest_entry:
 api.pytest_plugin: api.serve errors parent.tree
 api.serve: api.driver errors
-binding.listeners: binding.spec binding.tables binding.unix errors
+binding.guard:
+binding.listeners: binding.guard binding.refusals binding.spec binding.unix errors
+binding.refusals: binding.spec binding.tables errors
 binding.spec: errors
 binding.tables:
 binding.unix: errors
-check: admission.seccomp binding.listeners binding.spec command.plan errors parent.admit
+check: admission.seccomp binding.guard binding.listeners binding.spec command.plan errors parent.admit
 cli: __init__ admission.diagnosis admission.privileges binding.unix check command.execute command.plan command.publish control
     errors explain launch lifetime.stay options parent.admit parent.shim parent.supervisor request
 command.activation:
@@ -85,13 +87,13 @@ lifetime.start: errors parent.shim parent.tree
 lifetime.stay: admission.seccomp command.plan command.publish kernel launch lifetime.events lifetime.notify lifetime.pool
     lifetime.run parent.shim parent.signals parent.tree request
 options: binding.spec command.plan errors
-parent.admit: binding.listeners command.plan parent.signals parent.spawn parent.supervisor
-parent.child: admission.seccomp binding.listeners command.execute command.plan errors kernel parent.signals
-parent.shim: admission.diagnosis binding.listeners command.plan errors parent.admit parent.signals parent.spawn
-    parent.supervisor parent.tree
+parent.admit: binding.guard command.plan parent.signals parent.spawn parent.supervisor
+parent.child: admission.seccomp binding.guard command.execute command.plan errors kernel parent.signals
+parent.shim: admission.diagnosis binding.guard command.plan errors parent.admit parent.signals parent.spawn parent.supervisor
+    parent.tree
 parent.signals: kernel
 parent.spawn: admission.seccomp command.execute command.plan kernel parent.child parent.signals parent.tree
-parent.supervisor: admission.answer admission.diagnosis binding.listeners errors parent.child parent.signals parent.spawn
+parent.supervisor: admission.answer admission.diagnosis binding.guard errors parent.child parent.signals parent.spawn
     parent.tree
 parent.tree: parent.signals
 request: binding.spec command.plan errors options

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from portexec.binding import listeners as sockets
+from portexec.binding import guard as guards
 from tests.support import DEADLINE, STRANGER, Running, child, run, running
 
 Attempt = dict[str, Any]
@@ -367,7 +367,7 @@ SAME_USER_OPTIONS = "-,a" if os.geteuid() else "-,a,p,ap"
 @pytest.mark.parametrize(("user", "options"), [("same user", SAME_USER_OPTIONS), ("stranger", "-,a,p,ap")])
 def test_thieves_who_name_the_number_all_the_time_never_get_between_flips(options: str, identity: list[str]) -> None:
     with ExitStack() as stack:
-        guard = stack.enter_context(closing(sockets.Guard(0)))
+        guard = stack.enter_context(closing(guards.Guard(0)))
         number = guard.port
         thieves = [stack.enter_context(thief(identity, "hammer", number, ATTEMPTS, options)) for _ in range(2)]
         assert [read_line(one) for one in thieves] == ["ready"] * 2
@@ -380,14 +380,14 @@ def test_thieves_who_name_the_number_all_the_time_never_get_between_flips(option
     assert all(one["tried"] >= ATTEMPTS for one in loot)
 
 
-def flip_once(guard: sockets.Guard) -> None:
+def flip_once(guard: guards.Guard) -> None:
     """What a launch does with its number, for every kind of address; fails if a thief is in the way."""
     ipv6 = [(socket.AF_INET6, "::1"), (socket.AF_INET6, "::")] * HAS_IPV6
     for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), *ipv6]:
         with socket.socket(family) as listener:
-            with sockets.Flip(guard, listener):
+            with guards.Flip(guard, listener):
                 listener.bind((host, guard.port))
-            sockets.listen_past(guard, listener, listener.listen)
+            guards.listen_past(guard, listener, listener.listen)
 
 
 # A server after the other on each address of its words, every second round with SO_REUSEADDR, until it is told to stop.

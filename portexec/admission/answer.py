@@ -21,7 +21,8 @@ import time
 from portexec import kernel
 from portexec.admission import seccomp
 from portexec.binding import tables
-from portexec.binding.listeners import IPPROTO_MPTCP, Flip, Guard, can_flip, covers, listen_past
+from portexec.binding.guard import IPPROTO_MPTCP, Flip, Guard, can_flip, listen_past
+from portexec.binding.listeners import covers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

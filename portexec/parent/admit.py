@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from portexec.binding.listeners import Guard
+    from portexec.binding.guard import Guard
     from portexec.command.plan import Plan
     from portexec.parent.signals import Inbox
     from portexec.parent.supervisor import Admitted

@@ -15,7 +15,7 @@ import sys
 
 from portexec import kernel
 from portexec.admission import seccomp
-from portexec.binding.listeners import IP_FREEBIND
+from portexec.binding.guard import IP_FREEBIND
 from portexec.command import execute
 from portexec.command.plan import Plan
 from portexec.errors import STATUS_FAILURE, PortexecError, reason

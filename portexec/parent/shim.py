@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import NoReturn
 
-    from portexec.binding.listeners import Guard
+    from portexec.binding.guard import Guard
     from portexec.command.plan import Plan
 
 # What portexec says to the shim.

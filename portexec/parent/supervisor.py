@@ -15,7 +15,7 @@ import sys
 import time
 
 from portexec.admission.answer import Admission, Observer
-from portexec.binding.listeners import Guard
+from portexec.binding.guard import Guard
 from portexec.errors import PortexecError, RefusedError, of_status
 from portexec.parent import child as messages
 from portexec.parent import signals, tree
