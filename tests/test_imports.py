@@ -89,6 +89,7 @@ lifetime.stay: admission.seccomp command.plan command.publish kernel launch life
 options: binding.spec command.plan errors
 parent.admit: binding.guard command.plan parent.signals parent.spawn parent.supervisor
 parent.child: admission.seccomp binding.guard command.execute command.plan errors kernel parent.signals
+parent.loop:
 parent.shim: admission.diagnosis binding.guard command.plan errors parent.admit parent.signals parent.spawn parent.supervisor
     parent.tree
 parent.signals: kernel
