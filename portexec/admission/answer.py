@@ -15,6 +15,7 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+import select
 import sys
 import time
 
@@ -23,10 +24,11 @@ from portexec.admission import seccomp
 from portexec.binding import tables
 from portexec.binding.guard import IPPROTO_MPTCP, Flip, Guard, can_flip, listen_past
 from portexec.binding.listeners import covers
+from portexec.parent.loop import first, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
 CONTINUE: int | None = None  # the answer that lets the kernel go on; any other is an errno, 0 for success
 
@@ -55,12 +57,13 @@ class Observer:
 class Admission:
     """The state of one command's admission: which numbers are ours, who listens on them, which gates are open.
 
-    The caller owns `notify_fd` and the guards, and calls `serve` when the former is readable and `look_at_gates` after
-    `patience`.
+    The caller owns `notify_fd` and the guards, and runs `answer`.
     """
 
     def __init__(self, notify_fd: int, guards: Mapping[int, Guard], remap: Mapping[int, int], observer: Observer) -> None:
         self.notify_fd = notify_fd
+        self._notifications = select.poll()
+        self._notifications.register(notify_fd, select.POLLIN)
         self.guards = guards
         self.remap = remap
         self.observer = observer
@@ -72,25 +75,35 @@ class Admission:
         # Before Linux 5.19 a signal can take it away after the answer, too, and the call comes again.
         self._is_heard_for_good = seccomp.has_flags(seccomp.FLAG_NEW_LISTENER | seccomp.FLAG_WAIT_KILLABLE_RECV)
 
-    def patience(self) -> float | None:
-        """Seconds until `look_at_gates` is due, None for never."""
-        return _GATE_POLL if self._gates else None
+    async def answer(self) -> None:
+        """Answer until nothing is left that could ask: POLLHUP says so."""
+        while True:
+            if self._gates:
+                await first(readable(self.notify_fd), within=_GATE_POLL)
+            else:
+                await readable(self.notify_fd)
+            self.serve()
+            self._look_at_gates()
+            if self._is_over():
+                return
 
-    def descriptors(self) -> set[int]:
-        """All that is needed to go on answering."""
-        return {self.notify_fd, *(socket.fileno() for guard in self.guards.values() for socket in guard.sockets)}
-
-    def serve(self, is_readable: Callable[[], bool]) -> None:
-        """Answer all that is pending. What arrives meanwhile is received first: only then can no signal interrupt it."""
+    def serve(self) -> None:
+        """Answer all that is pending now. What arrives meanwhile is received first: only then can no signal interrupt it."""
         pending: list[seccomp.Notification] = []
         while True:
-            while is_readable():
+            while self._poll() & select.POLLIN:
                 notification = seccomp.receive(self.notify_fd)
                 if notification is not None:
                     pending.append(notification)
             if not pending:
                 return
             self._handle(pending.pop(0))
+
+    def _is_over(self) -> bool:
+        return self._poll() == select.POLLHUP
+
+    def _poll(self) -> int:
+        return next((found for _, found in self._notifications.poll(0)), 0)
 
     def _handle(self, notification: seccomp.Notification) -> None:
         try:
@@ -245,7 +258,7 @@ class Admission:
             self.guards[port].set(_socket.SO_REUSEADDR, 1)
         return CONTINUE
 
-    def look_at_gates(self) -> None:
+    def _look_at_gates(self) -> None:
         """Close each gate whose listener has shown, or whose time is over."""
         for port, (end, before) in list(self._gates.items()):
             new = tables.listening_inodes(port) - before

@@ -28,9 +28,6 @@ _RECV = 0xC0502100
 _SEND = 0xC0182101
 _ID_VALID = 0x80082102  # the number that Linux 5.0 gave it; later kernels accept it beside the corrected one
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
-PR_SET_NO_NEW_PRIVS = 38
 
 _PIDFD_GETFD = 438
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
@@ -154,7 +151,7 @@ def install() -> int:
     except OSError as error:
         if error.errno != errno.EACCES:
             raise
-        kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         return kernel.syscall(number, SET_MODE_FILTER, flags, compiled)
     finally:
         del memory  # not before the kernel has read it

@@ -11,6 +11,7 @@ from _socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SOCK_DGRAM, SOCK_S
 from portexec.binding.guard import Flip, Guard, has_ipv6, listen_past, new_socket
 from portexec.binding.refusals import cannot_listen, exhausted, none_free
 from portexec.binding.spec import ListenSpec
+from portexec.command.undo import Undo
 from portexec.errors import ListenError, reason
 
 TYPE_CHECKING = False
@@ -30,11 +31,11 @@ class Listener:
     """A number, with the address and the name it goes by, and the socket that listens on it.
 
     `kind` is "tcp", "udp" or "unix". `host` is what a client should use, in brackets if it is IPv6; for unix it is empty,
-    `path` is set, with its `file` as `unix_sockets` tells it, and `port` is 0. There is no `socket` when the command is to bind
+    `path` is set and `port` is 0. There is no `socket` when the command is to bind
     the number itself.
     """
 
-    __slots__ = ("file", "host", "kind", "name", "named", "path", "port", "socket")
+    __slots__ = ("host", "kind", "name", "named", "path", "port", "socket")
 
     def __init__(
         self,
@@ -44,7 +45,6 @@ class Listener:
         host: str = "",
         port: int = 0,
         path: str = "",
-        file: tuple[int, int] | None = None,
         socket: _socket.socket | None = None,
         named: bool = True,
     ) -> None:
@@ -53,14 +53,15 @@ class Listener:
         self.host = host
         self.port = port
         self.path = path
-        self.file = file
         self.socket = socket
         self.named = named
 
-    def follow(self, hosts: Sequence[str]) -> None:
-        """Take the address at which the command really listens, unless one of them covers the one that it was given."""
-        if not any(covers(host, self.host.strip("[]")) for host in hosts if host):
-            self.host = next((in_url(_CLIENT_HOST.get(host, host)) for host in hosts if host), self.host)
+    def at(self, hosts: Sequence[str]) -> Listener:
+        """The listener as it is once the command listens at these addresses: at its own, if one of them covers that."""
+        if any(covers(host, self.host.strip("[]")) for host in hosts if host):
+            return self
+        host = next((in_url(_CLIENT_HOST.get(host, host)) for host in hosts if host), self.host)
+        return Listener(self.name, self.kind, host=host, port=self.port, path=self.path, socket=self.socket, named=self.named)
 
     @property
     def url(self) -> str:
@@ -76,10 +77,11 @@ class Bound:
     `guards` has one guard for each number; listeners may share a number on different addresses.
     """
 
-    __slots__ = ("backlog", "guards", "listeners")
+    __slots__ = ("backlog", "guards", "listeners", "undo")
 
-    def __init__(self, backlog: int) -> None:
+    def __init__(self, backlog: int, undo: Undo) -> None:
         self.backlog = backlog
+        self.undo = undo
         self.listeners: list[Listener] = []
         self.guards: dict[int, Guard] = {}
 
@@ -95,7 +97,7 @@ class Bound:
             guard.set(SO_REUSEADDR, 1)
 
     def release_guards(self) -> None:
-        """Close our copies of guards that another process has."""
+        """Close our copies of the guards."""
         for guard in self.guards.values():
             guard.close()
 
@@ -109,7 +111,7 @@ class Bound:
             if listener.kind == "unix" and listener.socket is not None and _has_hung_up(listener.socket):
                 fd = listener.socket.detach()
                 os.close(fd)
-                listener.socket, listener.file = _listen_unix(listener.path, self.backlog)
+                listener.socket = _listen_unix(listener.path, self.backlog, self.undo)
                 if listener.socket.fileno() != fd:
                     os.dup2(listener.socket.fileno(), fd, inheritable=False)
                     listener.socket.close()
@@ -129,30 +131,22 @@ class Bound:
         for listener in self.listeners:
             if listener.socket is not None:
                 listener.socket.close()
-        self.remove_paths()
+        self.undo.run()
         self.listeners.clear()
         self.guards.clear()
 
-    def remove_paths(self) -> None:
-        """Remove the unix sockets that were made from the file system."""
-        for listener in self.listeners:
-            if listener.path:
-                from portexec.binding import unix
 
-                unix.remove(listener.path, listener.file)
-
-
-def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) -> Bound:
+def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0, undo: Undo | None = None) -> Bound:
     """Choose and guard a number for every spec.
 
     `listening`: make a listening socket for each, with this backlog (0 for the greatest). Otherwise the command is to bind
-    the number itself.
+    the number itself. What is made in the file system is recorded in `undo`.
     Raises ListenError, with nothing left bound, when any of them cannot be had.
     """
-    bound = Bound(backlog or _socket.SOMAXCONN)
+    bound = Bound(backlog or _socket.SOMAXCONN, undo or Undo())
     try:
         for spec in specs:
-            bound.listeners.append(_bind(spec, bound.guards, bound.backlog if listening else None))
+            bound.listeners.append(_bind(spec, bound, bound.backlog if listening else None))
     except OSError as error:
         bound.close()
         raise exhausted(error) from error
@@ -162,15 +156,15 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) 
     return bound
 
 
-def _bind(spec: ListenSpec, guards: dict[int, Guard], backlog: int | None) -> Listener:
+def _bind(spec: ListenSpec, bound: Bound, backlog: int | None) -> Listener:
     if spec.kind == "unix":
-        socket, file = _listen_unix(spec.address, backlog)
-        return Listener(spec.name, "unix", path=spec.address, file=file, socket=socket, named=spec.named)
+        socket = _listen_unix(spec.address, bound.backlog, bound.undo)
+        return Listener(spec.name, "unix", path=spec.address, socket=socket, named=spec.named)
     family, address = _resolve(spec)
     if spec.kind == "udp":
         socket = _first_free(spec, lambda number: _bind_udp(family, address(number), spec))
     else:
-        socket = _first_free(spec, lambda number: _bind_tcp(family, address, number, spec, guards, backlog))
+        socket = _first_free(spec, lambda number: _bind_tcp(family, address, number, spec, bound.guards, backlog))
     host, port = socket.getsockname()[:2]
     if backlog is None:
         socket.close()
@@ -193,18 +187,19 @@ def _has_hung_up(socket: _socket.socket | None) -> bool:
     return bool(poll.poll(0))
 
 
-def _listen_unix(path: str, backlog: int | None) -> tuple[_socket.socket, tuple[int, int] | None]:
+def _listen_unix(path: str, backlog: int, undo: Undo) -> _socket.socket:
     from portexec.binding import unix
 
     socket = new_socket(AF_UNIX)
     try:
-        return socket, unix.listen(socket, path, backlog or _socket.SOMAXCONN)
+        unix.listen(socket, path, backlog, undo)
     except OSError as error:
         socket.close()
         raise cannot_listen(f"unix:{path}", error) from error
     except BaseException:
         socket.close()
         raise
+    return socket
 
 
 def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
