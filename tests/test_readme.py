@@ -34,14 +34,16 @@ import pytest
 
 from portexec import options
 from tests.support import DEADLINE, ROOT, Running, get, kill_group, wait_for
-from tests.test_servers import APPS, PATH, is_installed, need
+from tests.support.installed import APPS, PATH, need
+
+pytestmark = pytest.mark.once
 
 README = (ROOT / "README.md").read_text()
 STRICT = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"]
 MARK = "----- that was all -----"
 NUMBER = re.compile(r"(\d{4,})")
 NEEDED = {"curl": "curl", "node": "node", "npm": "npm node", "uvicorn": "uvicorn fastapi", "hypercorn": "hypercorn fastapi"}
-NEEDED |= {"gunicorn": "gunicorn", "flask": "flask", "make": "make"}
+NEEDED |= {"gunicorn": "gunicorn", "flask": "flask", "make": "make", "uv": "uv"}
 NOT_OURS = {"--fd"}  # options of other programs that the text mentions
 
 
@@ -247,8 +249,7 @@ def run_steps(block: Block, place: Path) -> None:
 
 def run_procfile(block: Block, place: Path) -> None:
     """Every process of it answers, and honcho can stop them."""
-    if not is_installed("honcho"):
-        pytest.skip("not installed: honcho")
+    need(["honcho"])
     (place / "Procfile").write_text(block.text)
     process = subprocess.Popen(
         ["honcho", "start", "--no-colour"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -351,8 +352,6 @@ RUNNERS: dict[str, Callable[[Block, Path], None]] = {
 def test_block(block: Block, folder: Path) -> None:
     assert block.kind in RUNNERS, "nobody knows how to run it"
     words = set(re.findall(r"[\w.-]+", block.text))
-    if "uv" in words and not is_installed("uv"):
-        pytest.skip("not installed: uv")
     need([name for word, names in NEEDED.items() if word in words for name in names.split()])
     if "pip install portexec" in block.text and not is_installed_package():
         pytest.skip("portexec is not installed here, and is not to be fetched")

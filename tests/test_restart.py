@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 
-from tests.obedience import BY_NUMBER, HAND_OFFS, NO_SOCK_DIAG, TURNS, Server, connect, obeying, port_of, refusing
-from tests.support import DEADLINE, child, descriptors_of, run, running, status_of, wait_for
-from tests.test_guard_faults import THEFTS, steal
-from tests.test_supervisor import is_gone
+from tests.support import DEADLINE, child, descriptors_of, is_gone, run, running, status_of, wait_for
+from tests.support.network import THEFTS, connect, port_of, steal
+from tests.support.obedience import BY_NUMBER, HAND_OFFS, TURNS, Server, obeying
+from tests.support.processes import NO_SOCK_DIAG, refusing
+
+pytestmark = pytest.mark.once
 
 RESTARTED = r"^portexec: note: the command ended \((.*)\); restart in (\S+) s$"
 

@@ -1,21 +1,19 @@
 """Real servers, each started as its users start it, under portexec: it answers on the announced address and stops whole.
 
 Two tables: servers that take the descriptor, and servers that bind the number themselves, which run in every hand-off that
-gives them one. A server that is not installed is skipped; with PORTEXEC_CI set, when all of them should be, that is a failure.
+gives them one.
 """
 
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import os
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -23,15 +21,10 @@ from typing import NamedTuple
 import pytest
 
 from tests.support import DEADLINE, Running, get, kill_group, running, wait_for
+from tests.support.installed import APPS, PATH, need
+from tests.support.proc import is_session_gone, listening_numbers, members
 
-APPS = Path(__file__).resolve().parent / "apps"
 BY_NUMBER_HAND_OFFS = ["guard", "hold"]
-LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp
-
-# Console scripts of the environment that the tests run in come first, as in a shell where it is activated.
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-# Some are installed with another program and only show when that is asked.
-PROBES = {"webrick": "ruby -e 'require \"webrick\"'"}
 
 
 class Served:
@@ -252,80 +245,6 @@ def serving(server: Server, tmp_path: Path, *options: str) -> Iterator[Served]:
             yield Served(started, started.url(), folder, server.ask)
             started.process.terminate()
             started.process.wait(DEADLINE)
-            wait_for(lambda: is_gone(started.process.pid))
+            wait_for(lambda: is_session_gone(started.process.pid))
         finally:
             kill_group(started.process.pid)
-
-
-def need(names: Iterable[str]) -> None:
-    """Skip the test unless all of these are installed; where they should be, fail."""
-    missing = [name for name in names if not is_installed(name)]
-    if missing == ["ipv6"]:
-        pytest.skip("the loopback interface has no IPv6 address")
-    if missing:
-        (pytest.fail if os.environ.get("PORTEXEC_CI") else pytest.skip)(f"not installed: {', '.join(missing)}")
-
-
-def is_installed(name: str) -> bool:
-    """Whether there is a program, or a Python module, of this name."""
-    if name == "ipv6":
-        return has_ipv6()
-    if name in PROBES:
-        program, *words = shlex.split(PROBES[name])
-        return bool(shutil.which(program)) and not subprocess.run([program, *words], capture_output=True).returncode
-    return bool(shutil.which(name, path=PATH) or importlib.util.find_spec(name))
-
-
-def has_ipv6() -> bool:
-    """Whether the loopback interface has its IPv6 address."""
-    try:
-        return "00000000000000000000000000000001" in Path("/proc/net/if_inet6").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def is_gone(session: int) -> bool:
-    """Whether nothing of the session runs any more; says what does, if it is asked for the last time."""
-    left = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in members(session)}
-    assert not left, f"left running: {left}"
-    return True
-
-
-def members(session: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The second field is the program's name in parentheses, in which anything may stand.
-            state, _parent, _group, its_session = status.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(its_session) == session and state != "Z":
-            found.append(int(status.parent.name))
-    return found
-
-
-def listening_numbers(session: int) -> set[int]:
-    """The TCP numbers on which the processes of a session listen."""
-    theirs = {link for pid in members(session) for link in links(pid)}
-    rows = [row.split() for table in ("tcp", "tcp6") for row in table_rows(table)]
-    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == LISTENING and f"socket:[{row[9]}]" in theirs}
-
-
-def links(pid: int) -> list[str]:
-    """What the descriptors of a process are; none if it is gone."""
-    found = []
-    for entry in Path(f"/proc/{pid}/fd").glob("*"):
-        try:
-            found.append(os.readlink(entry))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def table_rows(table: str) -> list[str]:
-    """The sockets in one of the kernel's tables; there is none where there is no IPv6."""
-    try:
-        return Path(f"/proc/net/{table}").read_text().splitlines()[1:]
-    except FileNotFoundError:
-        return []

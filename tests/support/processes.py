@@ -1,26 +1,27 @@
-"""What the tests share: starting portexec and other real processes, waiting without sleeping, and reading /proc."""
+"""Start portexec and other real programs, in whatever surroundings, and talk to them."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from tests.support.waiting import DEADLINE
 
-ROOT = Path(__file__).resolve().parent.parent
-CHILDREN = Path(__file__).resolve().parent / "children"
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHILDREN = ROOT / "tests" / "children"
 PORTEXEC = [sys.executable, "-m", "portexec"]
 STRANGER = 65534  # nobody: the other user of the tests
-DEADLINE = 30.0  # seconds after which a wait has failed; nothing is asserted about speed
+# A rule for `refusing`: no netlink. 16 is AF_NETLINK, and has no bit in common with the other families.
+NO_SOCK_DIAG = ["socket", errno.EAFNOSUPPORT, 0, 16]
 ANNOUNCED = re.compile(r"^portexec: (?:([\w-]+) )?((?:http|udp|unix):\S+)$")
 
 
@@ -29,37 +30,16 @@ def child(name: str) -> list[str]:
     return [sys.executable, str(CHILDREN / f"{name}.py")]
 
 
-def run(*words: str, input: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run portexec with these words to its end."""
+def refusing(*rules: Sequence[object]) -> list[str]:
+    """The words that put a seccomp filter with these rules around a command; see tests/children/refuse.py."""
+    return [*child("refuse"), json.dumps(rules)]
+
+
+def run(*words: str, prefix: Sequence[str] = (), input: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run portexec with these words to its end, below the program that `prefix` names."""
     return subprocess.run(
-        [*PORTEXEC, *words], input=input, capture_output=True, text=True, timeout=DEADLINE, check=False, **options
+        [*prefix, *PORTEXEC, *words], input=input, capture_output=True, text=True, timeout=DEADLINE, check=False, **options
     )
-
-
-def wait_for(condition: Callable[[], T]) -> T:
-    """Call until the result is true and return it; the last failure is the one that is raised."""
-    end = time.monotonic() + DEADLINE
-    while True:
-        failure: Exception | None = None
-        try:
-            result = condition()
-            if result:
-                return result
-        except (OSError, AssertionError, ValueError) as error:
-            failure = error
-        if time.monotonic() > end:
-            raise failure or AssertionError(f"still not true: {condition}")
-        time.sleep(0.01)
-
-
-def get(url: str) -> str:
-    """The body that a GET answers, whatever the status."""
-    try:
-        with urllib.request.urlopen(url, timeout=DEADLINE) as response:
-            return str(response.read().decode())
-    except urllib.error.HTTPError as error:
-        with error:
-            return str(error.read().decode())
 
 
 class Running:
@@ -117,19 +97,14 @@ def running(*words: str, prefix: Sequence[str] = (), **options: Any) -> Iterator
         started.stop()
 
 
-def descriptors_of(pid: int | str = "self") -> dict[int, str]:
-    """The open descriptors of a process and what each of them is."""
-    directory = Path(f"/proc/{pid}/fd")
-    found = {}
-    for entry in directory.iterdir():
-        try:
-            found[int(entry.name)] = os.readlink(entry)
-        except FileNotFoundError:
-            continue
-    return found
+def read_line(process: subprocess.Popen[str]) -> str:
+    """The next line of a process's stdout; empty at its end."""
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip("\n")
 
 
-def status_of(pid: int | str) -> dict[str, str]:
-    """The fields of /proc/PID/status."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    """Give a process a line on its stdin."""
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
