@@ -16,6 +16,7 @@ The names that nearly every module uses can be imported from the package itself.
 from tests.support.network import get
 from tests.support.proc import descriptors_of, is_gone, status_of
 from tests.support.processes import (
+    ANNOUNCED,
     CHILDREN,
     PORTEXEC,
     ROOT,
@@ -31,6 +32,7 @@ from tests.support.processes import (
 from tests.support.waiting import DEADLINE, wait_for
 
 __all__ = [
+    "ANNOUNCED",
     "CHILDREN",
     "DEADLINE",
     "PORTEXEC",
