@@ -28,7 +28,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -84,9 +84,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def shell(words: Sequence[str], **streams: int) -> Iterator[subprocess.Popen[str]]:
+def shell(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Run words in a session of their own, of which nothing is left afterwards, nor after the deadline."""
-    with subprocess.Popen([*words], text=True, start_new_session=True, **streams) as process:  # type: ignore[call-overload]
+    with subprocess.Popen([*words], text=True, start_new_session=True, **options) as process:
         timer = threading.Timer(2 * DEADLINE, kill_group, [process.pid])
         timer.start()
         try:

@@ -259,8 +259,8 @@ def test_datagrams_that_come_while_it_is_down_are_for_the_next() -> None:
         assert started.process.stdout is not None
         client.connect(("127.0.0.1", port_of(started.url())))
         client.settimeout(DEADLINE)
-        for text in (b"1", b"2", b"3"):
-            client.send(text)
+        for text in ("1", "2", "3"):
+            client.send(text.encode())
         for text in ("1", "2", "3"):
             pid = started.process.stdout.readline().strip()
             assert client.recv(100).decode() == f"{text} by {pid}"

@@ -24,13 +24,13 @@ from tests.support.thieves import SAME_USER, Attempt, attempts, every_attempt, e
 
 pytestmark = pytest.mark.once
 
+NAMED = ("named", "first of two", "second of two")
 # What the documentation says of each hand-off: who can take the number, before the command serves, from whoever asks for it.
 MAY_TAKE: dict[str, Callable[[Attempt], bool]] = {
     "fd": lambda attempt: False,
     "guard": lambda attempt: False,
     "hold": lambda attempt: attempt["reuse_addr"] and attempt["way"] in NAMED,
 }
-NAMED = ("named", "first of two", "second of two")
 
 # Which addresses a socket takes up: of IPv4, of IPv6; `*` is all of a family.
 COVERS = {

@@ -8,8 +8,8 @@ import sys
 
 import portexec
 from portexec.api import driver
-from tests.support import DEADLINE, status_of, wait_for
-from tests.support.proc import words_of
+from tests.support import DEADLINE, wait_for
+from tests.support.proc import state, words_of
 from tests.support.serving import (
     LIGHT,
     ask,
@@ -61,7 +61,7 @@ ctypes.CDLL(None).pthread_exit(None)
 
 def test_a_server_whose_main_thread_has_ended_is_alive() -> None:
     with portexec.serve([sys.executable, "-c", LEFT_BY_MAIN], ready="none") as server:
-        wait_for(lambda pid=server.pid: status_of(pid)["State"].startswith("Z"))
+        wait_for(lambda: state(server.pid) == "Z")
         assert server.died() is None
     assert server.returncode == -signal.SIGTERM
     assert server.died() is None

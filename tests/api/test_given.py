@@ -44,7 +44,7 @@ def test_files_and_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "two.env").write_text("TWO=2\n")
     monkeypatch.setenv("GIVEN", "environment")
     monkeypatch.chdir(tmp_path)
-    files = ["one.env", tmp_path / "two.env"]
+    files: list[str | Path] = ["one.env", tmp_path / "two.env"]
     with portexec.serve(LIGHT, env_file=files, env={"OVER": "env"}, cwd=Path("elsewhere")) as server:
         expected = {"URL": f"http://{server.port}/", "GIVEN": "environment", "OVER": "env", "TWO": "2"}
         assert {name: ask(server, f"variable/{name}") for name in expected} == expected
