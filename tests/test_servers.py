@@ -135,14 +135,14 @@ NGINX = "exec nginx -p . -c made.conf -e stderr"
 
 BY_DESCRIPTOR = [
     Server("uvicorn --fd 3", "uvicorn asgi:app --fd 3", "uvicorn fastapi"),
-    Server("uvicorn --fd {fd}", "uvicorn asgi:app --fd {fd}", "uvicorn fastapi"),
-    Server("uvicorn --workers", "uvicorn asgi:app --fd {fd} --workers 2", "uvicorn fastapi", act=answer_by_two),
-    Server("uvicorn --reload", "uvicorn asgi:app --fd {fd} --reload", "uvicorn fastapi", act=reload_twice),
+    Server("uvicorn --fd {fd}", "uvicorn plain:app --fd {fd}", "uvicorn"),
+    Server("uvicorn --workers", "uvicorn plain:app --fd {fd} --workers 2", "uvicorn", act=answer_by_two),
+    Server("uvicorn --reload", "uvicorn plain:app --fd {fd} --reload", "uvicorn", act=reload_twice),
     Server("gunicorn LISTEN_FDS", "gunicorn wsgi:app", "gunicorn", options="-H fd", act=hang_up),
     Server("gunicorn fd://", "gunicorn -b fd://{fd} -w 2 wsgi:app", "gunicorn", act=replace_a_worker),
-    Server("hypercorn fd://3", "hypercorn -b fd://3 asgi:app", "hypercorn fastapi"),
-    Server("hypercorn fd://{fd}", "hypercorn -b fd://{fd} asgi:app", "hypercorn fastapi"),
-    Server("daphne", "daphne --fd {fd} asgi:app", "daphne fastapi"),
+    Server("hypercorn fd://3", "hypercorn -b fd://3 plain:app", "hypercorn"),
+    Server("hypercorn fd://{fd}", "hypercorn -b fd://{fd} plain:app", "hypercorn"),
+    Server("daphne", "daphne --fd {fd} plain:app", "daphne"),
     Server(
         "flask",
         "flask --app flask_app run",
@@ -170,13 +170,13 @@ BY_DESCRIPTOR = [
 
 BY_NUMBER = [
     Server("uvicorn", "uvicorn asgi:app --port {port}", "uvicorn fastapi"),
-    Server("uvicorn --reload", "uvicorn asgi:app --port {port} --reload", "uvicorn fastapi", act=reload_twice),
-    Server("uvicorn --workers", "uvicorn asgi:app --port {port} --workers 2", "uvicorn fastapi", act=replace_a_worker),
+    Server("uvicorn --reload", "uvicorn plain:app --port {port} --reload", "uvicorn", act=reload_twice),
+    Server("uvicorn --workers", "uvicorn plain:app --port {port} --workers 2", "uvicorn", act=replace_a_worker),
     Server("gunicorn $PORT", "gunicorn wsgi:app", "gunicorn", act=hang_up),
     Server("gunicorn -b", "gunicorn -b 127.0.0.1:{port} -w 2 wsgi:app", "gunicorn", act=replace_a_worker),
     Server("gunicorn --reuse-port", "gunicorn -b 127.0.0.1:{port} --reuse-port -w 2 wsgi:app", "gunicorn", act=answer_by_two),
-    Server("hypercorn", "hypercorn -b 127.0.0.1:{port} -w 2 asgi:app", "hypercorn fastapi", act=answer_by_two),
-    Server("granian", "granian --interface asgi --port {port} --workers 2 asgi:app", "granian fastapi", act=answer_by_two),
+    Server("hypercorn", "hypercorn -b 127.0.0.1:{port} -w 2 plain:app", "hypercorn", act=answer_by_two),
+    Server("granian", "granian --interface asgi --port {port} --workers 2 plain:app", "granian", act=answer_by_two),
     Server("http.server", "python -m http.server {port} --bind 127.0.0.1", "python"),
     Server("flask --debug", "flask --app flask_app run --debug --port {port}", "flask", act=reload_twice),
     Server("django runserver", "python manage.py runserver {port}", "python django", act=reload_twice),

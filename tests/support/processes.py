@@ -26,8 +26,11 @@ ANNOUNCED = re.compile(r"^portexec: (?:([\w-]+) )?((?:http|udp|unix):\S+)$")
 
 
 def child(name: str) -> list[str]:
-    """The words that run one of the programs in tests/children with this Python."""
-    return [sys.executable, str(CHILDREN / f"{name}.py")]
+    """The words that run one of the programs in tests/children with this Python.
+
+    Without `site`: none of them needs an installed package, and a run of all tests starts thousands of them.
+    """
+    return [sys.executable, "-S", str(CHILDREN / f"{name}.py")]
 
 
 def refusing(*rules: Sequence[object]) -> list[str]:
