@@ -216,3 +216,14 @@ def test_little_is_imported_to_publish_a_file(option: str, tmp_path: Path) -> No
 def test_what_is_imported_is_seen() -> None:
     """That the tests above could fail: a plan as JSON needs json, which imports re."""
     assert {"json", "re"} <= modules_on_the_way("-n", "--json", "-H", "fd", "--", "true")
+
+
+TESTS = Path(__file__).parent
+TEST_MODULES = sorted(path for pattern in ("test_*.py", "conftest.py") for path in TESTS.rglob(pattern))
+
+
+@pytest.mark.parametrize("path", TEST_MODULES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_test_modules_share_by_way_of_support(path: Path) -> None:
+    """No test module imports another, so that each can be read, moved and run alone."""
+    ours = {name for name in imported_by(path) if name.partition(".")[0] == "tests"}
+    assert {name for name in ours if name != "tests" and not name.startswith("tests.support")} == set()

@@ -4,53 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pty
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from portexec.procfs import descendants
-from tests.support import DEADLINE, PORTEXEC, child, kill_group, run, running, status_of, wait_for
+from tests.support import DEADLINE, PORTEXEC, child, is_gone, kill_group, run, running, status_of, wait_for
+from tests.support.installed import program
+from tests.support.proc import state
+from tests.support.terminals import on_a_terminal
 
 ONE_REQUEST = 0.1  # seconds in which the same signal twice is one request
 GUARD = ("-q", "-H", "guard", "--")
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return status_of(pid)["State"].startswith(("Z", "X"))
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def state(pid: int) -> str:
-    return status_of(pid)["State"][0]
-
-
-@contextmanager
-def on_a_terminal(*words: str) -> Iterator[tuple[int, int]]:
-    """Run words as the foreground job of a new terminal; yields the pid and the terminal's other end."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(words[0], words)
-    try:
-        yield pid, terminal
-    finally:
-        kill_group(pid)
-        os.close(terminal)
-        try:
-            os.waitpid(pid, 0)
-        except ChildProcessError:
-            pass
 
 
 def read_until(terminal: int, text: str, end: str = "") -> str:
@@ -131,7 +102,7 @@ def test_ctrl_c_reaches_the_command_once_and_the_parent_waits_for_it() -> None:
 
 def test_ctrl_z_stops_both_and_fg_continues_both() -> None:
     """In a real shell: the kernel stops nobody in a process group that has no shell to continue it."""
-    shell = shutil.which("bash") or pytest.skip("needs bash")
+    shell = program("bash")
     with on_a_terminal(shell, "--norc", "--noprofile", "-i") as (_, terminal):
         os.write(terminal, shlex.join([*PORTEXEC, *GUARD, *child("signals")]).encode() + b"\n")
         command = int(read_until(terminal, "ready", "\n").split()[1])
@@ -274,9 +245,8 @@ def test_stopped_in_the_middle_of_a_bind(tmp_path: Path, end: str) -> None:
             assert started.process.wait(DEADLINE) == -signal.SIGTERM
 
 
+@pytest.mark.root  # makes a pid namespace
 def test_as_pid_1_it_reaps_and_ends_with_the_status() -> None:
-    if os.geteuid():
-        pytest.skip("only root can make a pid namespace")
     words = ["unshare", "--pid", "--fork", "--mount-proc", *PORTEXEC, *GUARD]
     script = "(true &) ; sh -c 'kill -KILL $$'; exit 9"
     assert subprocess.run([*words, "sh", "-c", script], timeout=DEADLINE, check=False).returncode == 9

@@ -190,7 +190,7 @@ class Driver:
                 self._changed.notify_all()
 
     def _popen(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         # Python itself passes over what else may be there.
         places = [os.path.abspath(place) for place in sys.path if place and isinstance(place, str) and "\0" not in place]
         # Where the caller has closed its standard streams, the socket can be one of those that Popen makes anew.
