@@ -90,11 +90,10 @@ class _Wait:
 class _Group:
     """The coroutines of one `first`, and the task that waits for it."""
 
-    __slots__ = ("is_late", "number", "tasks", "wait")
+    __slots__ = ("number", "tasks", "wait")
 
     def __init__(self, coroutines: tuple[Coroutine[Any, Any, Any], ...]) -> None:
         self.tasks = [Task(coroutine, self) for coroutine in coroutines]
-        self.is_late = False
         self.number = 0  # a group inside another one has a higher number
         self.wait: _Wait | None = None
 
