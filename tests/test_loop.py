@@ -529,6 +529,16 @@ def test_a_finally_may_raise(close: Callable[[Coro], Coro], log: list[object]) -
     assert log == ["bystander closed"]
 
 
+def test_who_is_around_a_finally_that_raises_is_closed_too(log: list[object]) -> None:
+    async def main() -> None:
+        inner = tell_end(log, "inner", first(do_at_the_end(lambda: 1 // 0), tell_end(log, "beside", wait_forever())))
+        await tell_end(log, "main", first(tell_end(log, "outer", first(inner)), sleep(0)))
+
+    with pytest.raises(ZeroDivisionError):  # whose traceback holds all coroutines, so that none is closed by going away
+        run(main())
+    assert log == ["beside closed", "inner closed", "outer closed", "main closed"]
+
+
 def test_what_a_finally_raises_does_not_hide_why_the_run_failed(log: list[object]) -> None:
     async def main() -> None:
         spawn(do_at_the_end(lambda: 1 // 0))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 from hypothesis import event as tell
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from portexec.parent import loop
@@ -433,8 +433,13 @@ PROGRAMS = bodies(st.recursive(at_once | later, larger, max_leaves=24), 6)
 STOP = Step("spawn", bodies=((*[Step("pause")] * 20, Step("raise")),))
 
 
+LOUD_END = Step("finally", bodies=((Step("pause"),), (Step("raise"),)))
+OWNER_OF_ONE = Step("first", bodies=((), (Step("first", bodies=((LOUD_END,),)),)))
+
+
 @settings(max_examples=400, deadline=None)
 @given(program=PROGRAMS)
+@example(program=(OWNER_OF_ONE,))  # of which one was not closed
 def test_the_loop_does_what_the_virtual_one_does(program: Body) -> None:
     expected = Virtual()
     try:

@@ -288,13 +288,13 @@ class _Loop:
         """Close a task and, before it, those of the `first` that it waits for."""
         if task.is_over:
             return
-        task.is_over = True
-        self.tasks.pop(task, None)
-        wait, task.wait = task.wait, None
+        wait = task.wait
         if wait is not None:
-            self.end_wait(wait)
             for child in wait.group.tasks if wait.group is not None else ():
-                self.close(child)
+                self.close(child)  # which may raise; then `task` is left for close_all()
+            self.end_wait(wait)
+        task.is_over = True
+        del self.tasks[task]
         try:
             task.coroutine.close()
         except RuntimeError as error:
