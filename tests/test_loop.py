@@ -933,18 +933,35 @@ def test_a_run_inside_of_a_run_fails(log: list[object]) -> None:
     assert log == ["outer"]
 
 
+def test_an_event_of_the_outer_run_wakes_in_the_outer_run(log: list[object]) -> None:
+    async def inner(event: Event) -> None:
+        event.set()
+        await end(log, "inner", 2)
+
+    async def main() -> None:
+        event = Event()
+        spawn(tell_end(log, "outer", event.wait()))
+        await sleep(0)
+        run(inner(event))
+        await sleep(0)
+
+    run(main())
+    assert log == ["inner", "outer ended"]
+
+
 FORK = """
 import os
 from portexec.parent.loop import Event, readable, run, sleep, spawn
 
 async def of_the_child(writer):
+    event.set()
     spawn(sleep(3600))
     await sleep(0)
     os.write(writer, b"child\\n")
 
 async def bystander():
     try:
-        await Event().wait()
+        await event.wait()
     finally:
         print("bystander of", "the child" if os.getpid() != parent else "the parent")
 
@@ -956,10 +973,11 @@ async def main():
     if pid == 0:
         run(of_the_child(writer))
         os._exit(7)
+    os.close(writer)  # so that a child that says nothing ends the wait, too
     await readable(reader)
     print(os.read(reader, 100), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
-parent = os.getpid()
+parent, event = os.getpid(), Event()
 run(main())
 """
 

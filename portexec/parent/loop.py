@@ -105,7 +105,7 @@ class Event:
 
     def __init__(self) -> None:
         self._is_set = False
-        self.waiting: list[_Wait] = []
+        self.waiting: dict[_Wait, _Loop] = {}  # a fork's own loop does not run the tasks of the parent's
 
     def is_set(self) -> bool:
         """Whether it has happened."""
@@ -114,9 +114,9 @@ class Event:
     def set(self) -> None:
         """Wake all who wait. Once more does nothing."""
         self._is_set = True
-        waiting, self.waiting = self.waiting, []
-        for wait in waiting:
-            _current().wake(wait)
+        waiting, self.waiting = self.waiting, {}
+        for wait, its_loop in waiting.items():
+            its_loop.wake(wait)
 
     async def wait(self) -> None:
         """Return when it has happened, at once if it has."""
@@ -243,7 +243,7 @@ class _Loop:
                 self.timers = [timer for timer in self.timers if timer[2].task is not None]
                 heapify(self.timers)
         if wait.event is not None:
-            wait.event.waiting.append(wait)
+            wait.event.waiting[wait] = self
         if wait.group is not None:
             wait.group.number, wait.group.wait = self.count, wait
             for child in wait.group.tasks:
@@ -261,8 +261,8 @@ class _Loop:
         if wait.fd >= 0:
             self.watched[wait.fd].remove(wait)
             self.watch(wait.fd)
-        if wait.event is not None and wait in wait.event.waiting:
-            wait.event.waiting.remove(wait)
+        if wait.event is not None:
+            wait.event.waiting.pop(wait, None)
 
     def watch(self, fd: int) -> None:
         """Ask poll(2) for what is waited for on this descriptor."""
