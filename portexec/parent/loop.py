@@ -90,11 +90,10 @@ class _Wait:
 class _Group:
     """The coroutines of one `first`, and the task that waits for it."""
 
-    __slots__ = ("is_late", "number", "tasks", "wait")
+    __slots__ = ("number", "tasks", "wait")
 
     def __init__(self, coroutines: tuple[Coroutine[Any, Any, Any], ...]) -> None:
         self.tasks = [Task(coroutine, self) for coroutine in coroutines]
-        self.is_late = False
         self.number = 0  # a group inside another one has a higher number
         self.wait: _Wait | None = None
 
@@ -106,7 +105,7 @@ class Event:
 
     def __init__(self) -> None:
         self._is_set = False
-        self.waiting: list[_Wait] = []
+        self.waiting: dict[_Wait, _Loop] = {}  # a fork's own loop does not run the tasks of the parent's
 
     def is_set(self) -> bool:
         """Whether it has happened."""
@@ -115,9 +114,9 @@ class Event:
     def set(self) -> None:
         """Wake all who wait. Once more does nothing."""
         self._is_set = True
-        waiting, self.waiting = self.waiting, []
-        for wait in waiting:
-            _current().wake(wait)
+        waiting, self.waiting = self.waiting, {}
+        for wait, its_loop in waiting.items():
+            its_loop.wake(wait)
 
     async def wait(self) -> None:
         """Return when it has happened, at once if it has."""
@@ -244,7 +243,7 @@ class _Loop:
                 self.timers = [timer for timer in self.timers if timer[2].task is not None]
                 heapify(self.timers)
         if wait.event is not None:
-            wait.event.waiting.append(wait)
+            wait.event.waiting[wait] = self
         if wait.group is not None:
             wait.group.number, wait.group.wait = self.count, wait
             for child in wait.group.tasks:
@@ -262,8 +261,8 @@ class _Loop:
         if wait.fd >= 0:
             self.watched[wait.fd].remove(wait)
             self.watch(wait.fd)
-        if wait.event is not None and wait in wait.event.waiting:
-            wait.event.waiting.remove(wait)
+        if wait.event is not None:
+            wait.event.waiting.pop(wait, None)
 
     def watch(self, fd: int) -> None:
         """Ask poll(2) for what is waited for on this descriptor."""
@@ -289,13 +288,13 @@ class _Loop:
         """Close a task and, before it, those of the `first` that it waits for."""
         if task.is_over:
             return
-        task.is_over = True
-        self.tasks.pop(task, None)
-        wait, task.wait = task.wait, None
+        wait = task.wait
         if wait is not None:
-            self.end_wait(wait)
             for child in wait.group.tasks if wait.group is not None else ():
-                self.close(child)
+                self.close(child)  # which may raise; then `task` is left for close_all()
+            self.end_wait(wait)
+        task.is_over = True
+        del self.tasks[task]
         try:
             task.coroutine.close()
         except RuntimeError as error:
