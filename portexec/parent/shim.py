@@ -178,7 +178,7 @@ def _replace_stdin() -> None:
 
 
 def _descriptors(job: Job) -> set[int]:
-    guards = {socket.fileno() for guard in job.guards.values() for socket in guard.sockets}
+    guards = {guard.fileno() for guard in job.guards.values()}
     return {*guards, *job.plan.passed, *job.plan.kept, *job.kept}
 
 

@@ -147,7 +147,7 @@ class Admitted(Supervised):
 
     def serve(self) -> None:
         """Answer all calls that wait."""
-        self.admission.serve(lambda: any(event & select.POLLIN for _, event in self.notifications.poll(0)))
+        self.admission.serve()
 
     def answer_to_the_end(self) -> None:
         """Answer until nothing is left that could ask."""
