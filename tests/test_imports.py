@@ -43,8 +43,10 @@ FORBIDDEN_ON_THE_EXEC_PATH = {
 TABLE = """
 __init__: api.driver api.listen api.serve errors
 __main__: cli
-admission.answer: admission.seccomp binding.guard binding.listeners binding.tables kernel parent.loop
+admission.answer: admission.gates admission.own admission.seccomp binding.guard binding.tables kernel parent.loop
 admission.diagnosis: admission.answer parent.loop say
+admission.gates: admission.seccomp binding.guard binding.tables
+admission.own: admission.seccomp binding.guard binding.tables
 admission.privileges:
 admission.seccomp: kernel
 api.driver: control errors

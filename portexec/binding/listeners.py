@@ -8,7 +8,7 @@ import os
 import sys
 from _socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
 
-from portexec.binding.guard import Flip, Guard, has_ipv6, listen_past, new_socket
+from portexec.binding.guard import Flip, Guard, has_ipv6, new_socket
 from portexec.binding.refusals import cannot_listen, exhausted, none_free
 from portexec.binding.spec import ListenSpec
 from portexec.command.undo import Undo
@@ -87,7 +87,7 @@ class Bound:
 
     def guard_descriptors(self) -> tuple[int, ...]:
         """The descriptors of all guards."""
-        return tuple(socket.fileno() for guard in self.guards.values() for socket in guard.sockets)
+        return tuple(guard.fileno() for guard in self.guards.values())
 
     def open_to_reusers(self) -> None:
         """Let the guards give way to whoever sets SO_REUSEADDR. Never before a guard is bound: two of them could then have
@@ -122,7 +122,20 @@ class Bound:
         for listener in self.listeners:
             socket = listener.socket
             if listener.kind == "tcp" and socket is not None and not socket.getsockopt(SOL_SOCKET, _socket.SO_ACCEPTCONN):
-                _listen_again(self.guards.get(listener.port), socket, self.backlog)
+                self._listen_again(listener.port, socket)
+
+    def _listen_again(self, port: int, socket: _socket.socket) -> None:
+        guard = self.guards.get(port)
+        if guard is None:
+            socket.listen(self.backlog)
+            return
+        with Flip(guard, socket, socket.getsockname()[0], lambda: self.sockets_on(port, but=socket)):
+            socket.listen(self.backlog)
+
+    def sockets_on(self, port: int, but: _socket.socket | None = None) -> list[_socket.socket]:
+        """The TCP listeners of this number that we have, without one."""
+        found = (listener.socket for listener in self.listeners if listener.kind == "tcp" and listener.port == port)
+        return [socket for socket in found if socket is not None and socket is not but]
 
     def close(self) -> None:
         """Give everything back: close the sockets, and remove the unix sockets that were made."""
@@ -146,7 +159,7 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0, 
     bound = Bound(backlog or _socket.SOMAXCONN, undo or Undo())
     try:
         for spec in specs:
-            bound.listeners.append(_bind(spec, bound, bound.backlog if listening else None))
+            bound.listeners.append(_bind(spec, bound, is_listening=listening))
     except OSError as error:
         bound.close()
         raise exhausted(error) from error
@@ -156,7 +169,8 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0, 
     return bound
 
 
-def _bind(spec: ListenSpec, bound: Bound, backlog: int | None) -> Listener:
+def _bind(spec: ListenSpec, bound: Bound, *, is_listening: bool) -> Listener:
+    backlog = bound.backlog if is_listening else None
     if spec.kind == "unix":
         socket = _listen_unix(spec.address, bound.backlog, bound.undo)
         return Listener(spec.name, "unix", path=spec.address, socket=socket, named=spec.named)
@@ -164,7 +178,7 @@ def _bind(spec: ListenSpec, bound: Bound, backlog: int | None) -> Listener:
     if spec.kind == "udp":
         socket = _first_free(spec, lambda number: _bind_udp(family, address(number), spec))
     else:
-        socket = _first_free(spec, lambda number: _bind_tcp(family, address, number, spec, bound.guards, backlog))
+        socket = _first_free(spec, lambda number: _bind_tcp(family, address, number, spec, bound, backlog))
     host, port = socket.getsockname()[:2]
     if backlog is None:
         socket.close()
@@ -205,7 +219,7 @@ def _listen_unix(path: str, backlog: int, undo: Undo) -> _socket.socket:
 def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
     """The family of the spec's address, and a function from a number to what bind(2) takes."""
     if spec.address == "*":
-        return (AF_INET6, lambda number: ("::", number)) if has_ipv6() else (AF_INET, lambda number: ("", number))
+        return (AF_INET6, lambda number: ("::", number)) if has_ipv6() else (AF_INET, lambda number: ("0.0.0.0", number))
     try:
         # As bytes: for a str Python imports its codec for international names, which takes as long as all the rest.
         host_name = spec.address.encode() if spec.address.isascii() else spec.address
@@ -249,34 +263,28 @@ def _bind_tcp(
     address: Callable[[int], Address],
     number: int,
     spec: ListenSpec,
-    guards: dict[int, Guard],
+    bound: Bound,
     backlog: int | None,
 ) -> _socket.socket:
     """Guard the number, unless we do already, and get a socket of ours past the guard; it listens if it is to."""
     if not LINUX:
         return _bind_unguarded(family, address(number), spec, backlog)
-    guard = guards.get(number) or Guard(number)
+    guard = bound.guards.get(number) or Guard(number)
     socket = None
     try:
-        if backlog is None and spec.address == "*":
-            # The guard itself shows that it can be had; a flip for this address could not be scrubbed.
-            guards[guard.port] = guard
-            return _socket.socket(-1, -1, -1, os.dup(guard.sockets[0].fileno()))
         socket = _inet_socket(family, spec)
-        is_on_all_addresses = family == AF_INET6 and spec.address == "*"
-        with Flip(guard, socket):
-            socket.bind(address(guard.port))
-            if backlog is not None and not is_on_all_addresses:
+        sockaddr = address(guard.port)
+        with Flip(guard, socket, sockaddr[0], lambda: bound.sockets_on(guard.port)):
+            socket.bind(sockaddr)
+            if backlog is not None:
                 socket.listen(backlog)
-        if backlog is not None and is_on_all_addresses:
-            listen_past(guard, socket, lambda: socket.listen(backlog))
     except BaseException:
         if socket is not None:
             socket.close()
-        if guard.port not in guards:
+        if guard.port not in bound.guards:
             guard.close()
         raise
-    guards[guard.port] = guard
+    bound.guards[guard.port] = guard
     return socket
 
 
@@ -314,12 +322,3 @@ def in_url(host: str) -> str:
 def covers(one: str, other: str) -> bool:
     """Whether a listener on one address gets what is sent to the other; `*` stands for both families."""
     return one in (other, "*") or (one == "0.0.0.0" and ":" not in other) or (one == "::" and ":" in other)
-
-
-def _listen_again(guard: Guard | None, socket: _socket.socket, backlog: int) -> None:
-    """Not by `listen_past`: others have copies of the guard, which could not step aside."""
-    if guard is None:
-        socket.listen(backlog)
-        return
-    with Flip(guard, socket):
-        socket.listen(backlog)

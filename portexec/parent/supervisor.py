@@ -90,7 +90,7 @@ class Job:
 
     def guard_descriptors(self) -> set[int]:
         """The descriptors of the guards that binds are admitted past."""
-        return {socket.fileno() for guard in self.guards.values() for socket in guard.sockets}
+        return {guard.fileno() for guard in self.guards.values()}
 
 
 class Supervisor:
