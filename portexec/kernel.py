@@ -66,6 +66,23 @@ def pointer_to(data: bytes) -> tuple[object, int]:
     return buffer, _ctypes.addressof(buffer)
 
 
+def keep_only(keep: set[int]) -> None:
+    """Close all other descriptors. The standard streams become /dev/null rather than free numbers. Raises OSError."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} | set(range(STDERR + 1)):
+        if fd in keep or fd == null:
+            continue
+        if fd <= STDERR:
+            os.dup2(null, fd, inheritable=False)
+        else:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the listing's own descriptor
+    if null > STDERR:
+        os.close(null)
+
+
 def die_by(number: int) -> None:
     """End by this signal, without a second core file. Returns where that is impossible, as for PID 1."""
     import resource

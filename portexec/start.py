@@ -118,7 +118,7 @@ class _Parent:
 
         reporter = Reporter(self.launch)
         if not self.launch.request.lifetime.is_asked_for_with(self.launch.choice.hand_off):
-            os.chdir("/")  # nothing else is to be started, and the directory can be unmounted
+            self._keep_little(first)
         family = Family(self.others, self.shells)
         run = Run(self.launch, first, self._make_shim, self.inbox, self.notify, reporter, family)
         outcome = loop.run(run.live())
@@ -126,6 +126,14 @@ class _Parent:
         if end is None or not end.is_left:
             self.launch.bound.undo.run()  # else the shim that is left does it
         return outcome
+
+    def _keep_little(self, first: Start) -> None:
+        """Nothing else is to be started: the directory can be unmounted, and a pipe of the command's ends with the command."""
+        from portexec import kernel
+
+        os.chdir("/")
+        guards = self.launch.bound.guard_descriptors()
+        kernel.keep_only({STDERR, self.inbox.fileno(), first.shim.link.fileno(), *guards})
 
     def _first_start(self) -> Start:
         """The first start, ready to execute the command; with `hold` where `guard` cannot be had and nobody insists on it."""

@@ -231,7 +231,7 @@ def test_told_to_stop_in_the_middle_both_end(tmp_path: Path) -> None:
         try:
             assert site.summary()["failures"] == {}
             site.process.terminate()
-            assert site.process.wait(DEADLINE) == -signal.SIGTERM
+            assert site.process.wait(DEADLINE) == 0  # as gunicorn ends
         finally:
             os.close(writer)
         with pytest.raises(ProcessLookupError):

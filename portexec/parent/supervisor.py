@@ -10,6 +10,7 @@ import _signal
 import os
 import time
 
+from portexec import kernel
 from portexec.admission.diagnosis import Diagnosis
 from portexec.kernel import STDERR
 from portexec.parent import child as steps
@@ -155,6 +156,9 @@ class Supervisor:
                 self.link.say(FAILED, *fields)
             elif self.state == _STARTING:
                 self.link.say(STARTED, self.child.pid)
+                if self.job.leaves_daemons:
+                    # Whoever waits for the end of a pipe of the command's is not to wait for us.
+                    kernel.keep_only({*self._descriptors(), STDERR})
             self.state = _RUNNING
 
     def _has_ended(self, wait_status: int) -> None:
@@ -179,12 +183,14 @@ class Supervisor:
         """Keep nothing but what it takes to answer for the binds of a daemon: not the session, no directory, no output pipe."""
         os.setsid()
         os.chdir("/")
-        keep = {self.inbox.fileno(), self.link.fileno(), *self.job.guard_descriptors()}
-        if self.child.admission is not None:
-            keep.add(self.child.admission.notify_fd)
-        _keep_only(keep)
+        kernel.keep_only(self._descriptors())
         if self.child.admission is not None:
             self.child.admission.observer = Diagnosis((), quiet=True, verbose=False)
+
+    def _descriptors(self) -> set[int]:
+        """All that we need from now on, but for standard error."""
+        ours = {self.inbox.fileno(), self.link.fileno(), *self.job.guard_descriptors()}
+        return ours if self.child.admission is None else {*ours, self.child.admission.notify_fd}
 
     # What we are told.
 
@@ -322,23 +328,3 @@ def _is_in_group(pid: int) -> bool:
         return os.getpgid(pid) == os.getpgrp()
     except OSError:
         return True
-
-
-def _keep_only(keep: set[int]) -> None:
-    """Close all other descriptors: whoever waits for the end of a pipe of the command's is not to wait for us.
-
-    The standard streams become /dev/null rather than free numbers.
-    """
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for fd in {int(name) for name in os.listdir("/proc/self/fd")} | set(range(STDERR + 1)):
-        if fd in keep or fd == null:
-            continue
-        if fd <= STDERR:
-            os.dup2(null, fd, inheritable=False)
-        else:
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # the listing's own descriptor
-    if null > STDERR:
-        os.close(null)
