@@ -767,6 +767,19 @@ def test_calls_come_in_order_of_time_and_then_of_call(log: list[object]) -> None
     assert log == [*"abcd", 0, 1, 2]
 
 
+def test_the_time_of_a_call_begins_when_it_is_asked_for(log: list[object]) -> None:
+    async def main() -> None:
+        after(0.001, lambda: log.append("asked for before"))
+        begin = time.monotonic()
+        while time.monotonic() < begin + 0.002:
+            pass  # as in a fork, which takes some time
+        after(0, lambda: log.append("asked for afterwards"))
+        await sleep(0)
+
+    run(main())
+    assert log == ["asked for before", "asked for afterwards"]
+
+
 def test_thousands_of_timers_in_order_of_time(log: list[object]) -> None:
     count = 5003  # a prime, so that all multiples of another number are different below it
     hours = [1 + number * 1009 % count for number in range(count)]

@@ -159,8 +159,10 @@ def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
 def after(seconds: float, call: Callable[[], object]) -> Task:
     """Call a function in so many seconds, unless the run ends before."""
 
+    deadline = time.monotonic() + seconds  # from now on, not from when the task comes to run
+
     async def wait_and_call() -> None:
-        await sleep(seconds)
+        await _Wait(deadline=deadline)
         call()
 
     return spawn(wait_and_call())
