@@ -904,6 +904,14 @@ def test_a_descriptor_is_closed_by_another_task(pipe: Pipe, log: list[object]) -
     assert log == ["told", "slept"]
 
 
+@pytest.mark.parametrize("wait", [readable, writable])
+def test_a_socket_that_was_closed_before(wait: Callable[[socket.socket], Coro]) -> None:
+    near, far = socket.socketpair()
+    near.close()
+    with far, pytest.raises(OSError, match="Bad file descriptor"):
+        run(first(wait(near), within=0))
+
+
 def test_a_number_that_becomes_another_file(pipe: Pipe) -> None:
     async def main() -> int:
         await first(readable(pipe[0]), within=0)

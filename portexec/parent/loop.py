@@ -24,6 +24,8 @@ How it behaves:
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import time
 from heapq import heapify, heappop, heappush
@@ -346,4 +348,7 @@ def _current() -> _Loop:
 
 
 def _number(file: int | HasFileno) -> int:
-    return file if isinstance(file, int) else file.fileno()
+    descriptor = file if isinstance(file, int) else file.fileno()
+    if descriptor < 0:  # poll(2) would ignore it, and the task wait forever
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return descriptor
