@@ -11,13 +11,16 @@ PYTEST ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/ready
 
+# Of hundreds of processes that import portexec, none is to compile it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check format bench clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
 import socket
 import subprocess
 import uuid
@@ -21,26 +20,24 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE, PORTEXEC, child, wait_for
+from tests.support.installed import lack, program
 
 PIDFS = "50494446"  # PIDFS_MAGIC in linux/magic.h: where a pidfd has an inode of its own (Linux 6.9)
 ANY = -1
 
 
-def has_libsystemd() -> bool:
-    """Whether this machine has the reader."""
+@pytest.fixture(autouse=True)
+def _reader() -> None:
+    """The library that the tests read with."""
     try:
         ctypes.CDLL("libsystemd.so.0")
     except OSError:
-        return False
-    return True
+        lack("libsystemd.so.0")
 
 
 def has_pidfs() -> bool:
     """Whether pidfds have inode numbers that tell one process from a later one with the same pid."""
     return bool(heard(child("systemd_reader"))["pidfd_file_system"] == PIDFS)
-
-
-pytestmark = pytest.mark.skipif(not has_libsystemd(), reason="there is no libsystemd.so.0 to read with")
 
 
 def heard(words: Sequence[str], **options: Any) -> dict[str, Any]:
@@ -214,12 +211,11 @@ def test_portexec_in_portexec() -> None:
     assert (told["count"], told["names"], told["answers"]) == (3, ["a", "b", "web"], [1, 1, 1, 0])
 
 
-@pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="systemd-socket-activate is not installed")
 def test_a_real_activators_socket_comes_first(tmp_path: Path) -> None:
     """systemd-socket-activate starts portexec at the first connection; the command gets its socket, then ours."""
     path = str(tmp_path / "s")
     calls = [unix(3, path), inet(4, "{web.port}"), unix(4, path)]
-    activate = ["systemd-socket-activate", "-l", path, "--fdname=outer", *passing_on("PYTHONPATH", "VIRTUAL_ENV")]
+    activate = [program("systemd-socket-activate"), "-l", path, "--fdname=outer", *passing_on("PYTHONPATH", "VIRTUAL_ENV")]
     words = [*activate, *PORTEXEC, "-H", "fd", "-l", "web=0", "--", *child("systemd_reader"), *calls]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(words, text=True, **pipes) as process:

@@ -21,13 +21,8 @@ PORTS_HINT = "ports are numbers, ranges and lists: 8000 or 8000-8099 or 3000,0"
 ENV_HINT = "write --env NAME=VALUE, where VALUE may have templates: {port}"
 
 
-def run_below(prefix: Sequence[str], *words: str) -> Result:
-    """Run portexec below another program."""
-    return subprocess.run([*prefix, *support.PORTEXEC, *words], capture_output=True, text=True, timeout=support.DEADLINE)
-
-
 def run_without_rights(*words: str) -> Result:
-    result = run_below(support.child("without_rights"), *words)
+    result = support.run(*words, prefix=support.child("without_rights"))
     if result.stderr.startswith("cannot drop"):
         pytest.skip(result.stderr.strip())
     return result
@@ -35,7 +30,7 @@ def run_without_rights(*words: str) -> Result:
 
 def run_limited(limit: int, *words: str) -> Result:
     """Run portexec with so many descriptors and no more."""
-    return run_below([*support.child("limited"), "NOFILE", str(limit)], *words)
+    return support.run(*words, prefix=[*support.child("limited"), "NOFILE", str(limit)])
 
 
 def said(message: str, hint: str = "") -> str:
@@ -235,9 +230,8 @@ def test_port_in_use_names_who_has_it(address: str, hand_off: str, tmp_path: Pat
     assert_nothing_happened(result, tmp_path)
 
 
+@pytest.mark.root  # has a process that portexec may not look at
 def test_port_in_use_by_somebody_whom_proc_does_not_show() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs a process that this user may not look at")
     with a_server() as (port, _, _):
         result = run_without_rights("-l", str(port), "--", "true")
     message = f"cannot listen on 127.0.0.1:{port}: Address already in use (a process that /proc does not show to you)"
@@ -317,7 +311,7 @@ def test_ephemeral_range_is_exhausted(tmp_path: Path) -> None:
     if probe.returncode:
         pytest.skip(f"no network namespace of our own: {probe.stderr.strip().splitlines()[-1]}")
     inner = [*support.PORTEXEC, "--port-file", str(tmp_path / "p"), "--", "touch", str(tmp_path / "started")]
-    result = run_below(prefix, "-q", "-H", "fd", "--", *inner)
+    result = support.run("-q", "-H", "fd", "--", *inner, prefix=prefix)
     message = "no free port for 127.0.0.1:0: 0: none is left in the ephemeral range (40000-40000)"
     assert (result.returncode, result.stderr) == (125, said(message))
     assert_nothing_happened(result, tmp_path)
@@ -542,12 +536,12 @@ def test_stdout_that_is_full(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["-n", "--", "true"]])
 def test_stdout_that_is_closed(words: list[str]) -> None:
-    result = run_below(["/bin/sh", "-c", 'exec "$@" >&-', "sh"], *words)
+    result = support.run(*words, prefix=["/bin/sh", "-c", 'exec "$@" >&-', "sh"])
     assert (result.returncode, result.stderr) == (125, said("cannot write to stdout: Bad file descriptor"))
 
 
 def test_stderr_that_is_closed() -> None:
-    result = run_below(["/bin/sh", "-c", 'exec "$@" 2>&-', "sh"], "-l", "x:y", "--", "true")
+    result = support.run("-l", "x:y", "--", "true", prefix=["/bin/sh", "-c", 'exec "$@" 2>&-', "sh"])
     assert (result.returncode, result.stdout) == (125, "")
 
 

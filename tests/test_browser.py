@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from tests.support import PORTEXEC, wait_for
-from tests.test_servers import APPS, PATH, need
+from tests.support.installed import APPS, PATH, lack, need
+
+pytestmark = pytest.mark.once
 
 PATIENCE = 120  # seconds until a suite has hung; a browser is slow to start where others start, too
 SUITE = "npx playwright test || exit 3"  # the runner's own status is 1, as that of much else
@@ -92,7 +94,7 @@ def modules() -> Path:
     asked = subprocess.run(["npm", "root", "--global"], capture_output=True, text=True, check=True, timeout=PATIENCE)
     root = Path(asked.stdout.strip())
     if not (root / "@playwright" / "test" / "cli.js").exists():
-        (pytest.fail if os.environ.get("PORTEXEC_CI") else pytest.skip)("not installed: @playwright/test")
+        lack("@playwright/test")
     return root
 
 

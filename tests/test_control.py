@@ -47,7 +47,7 @@ def controlled(*options: str, command: list[str] | None = None) -> Iterator[Cont
     ours.settimeout(DEADLINE)
     with ours, theirs:
         words = [*PORTEXEC, "--control-fd", str(theirs.fileno()), *options, "--", *(command or SERVER)]
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         process = subprocess.Popen(words, pass_fds=[theirs.fileno()], start_new_session=True, text=True, **streams)
         theirs.close()
         try:

@@ -11,24 +11,18 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import portexec
-from tests.support import DEADLINE, STRANGER, descriptors_of, get
-from tests.test_server_api import PACKAGE_HOME, caller, can_bind
-from tests.test_servers import need
-from tests.test_theft import every_attempt, read_line
-from tests.test_then import deadline
-
-
-@pytest.fixture(autouse=True)
-def _no_test_hangs() -> Iterator[None]:
-    with deadline():
-        yield
+from tests.support import DEADLINE, descriptors_of, get, read_line
+from tests.support.installed import need
+from tests.support.network import can_bind
+from tests.support.serving import PACKAGE_HOME, caller
+from tests.support.thieves import every_attempt, every_user, identity_of
 
 
 def answer_with(text: str) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
@@ -65,19 +59,11 @@ def test_listen_gives_a_listening_socket() -> None:
             assert copy.getsockname() == sock.getsockname()
 
 
-def identity(user: str) -> list[str]:
-    if user == "same user":
-        return []
-    if os.geteuid() != 0:
-        pytest.skip("needs root to become another user")
-    return ["--as", str(STRANGER)]
-
-
 @pytest.mark.parametrize("spec", ["127.0.0.1:0", "*:0"])
-@pytest.mark.parametrize("user", ["same user", "stranger"])
+@every_user
 def test_nobody_else_has_the_number_of_listen(spec: str, user: str) -> None:
     with portexec.listen(spec) as sock:
-        tried = every_attempt(identity(user), sock.getsockname()[1])
+        tried = every_attempt(identity_of(user), sock.getsockname()[1])
     assert len(tried) > 50
     assert [one for one in tried if one["got"]] == []
 

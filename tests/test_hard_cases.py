@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE, PORTEXEC, child, descriptors_of, kill_group, run, status_of, wait_for
+from tests.support.installed import need, program
 
 HAND_OFFS = ["fd", "guard", "hold"]
 TOGETHER = pytest.mark.parametrize("hand_off", HAND_OFFS)
@@ -121,8 +122,7 @@ def greeting_of(port: int) -> str:
 def namespace(*setup: str) -> Iterator[list[str]]:
     """A network namespace of the test's own; yields the words that run a command in it."""
     user = [] if os.geteuid() == 0 else ["-r"]
-    if not shutil.which("unshare") or not shutil.which("nsenter"):
-        pytest.skip("needs unshare and nsenter")
+    need(["unshare", "nsenter"])
     holder = subprocess.Popen(
         ["unshare", "-n", *user, *child("namespace"), *setup],
         stdin=subprocess.PIPE,
@@ -138,10 +138,6 @@ def namespace(*setup: str) -> Iterator[list[str]]:
         yield ["nsenter", "-t", str(holder.pid), *as_user, "-n"]
     finally:
         holder.communicate(timeout=DEADLINE)
-
-
-def run_in(prefix: Sequence[str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*prefix, *PORTEXEC, *words], capture_output=True, text=True, timeout=DEADLINE)
 
 
 # make
@@ -160,9 +156,7 @@ right:
 
 def make_with_pipe() -> list[str]:
     """GNU make with a jobserver on descriptors, which newer ones use on request only."""
-    make = shutil.which("gmake") or shutil.which("make")
-    if not make:
-        pytest.skip("needs make")
+    make = shutil.which("gmake") or program("make")
     told = subprocess.run([make, "--version"], capture_output=True, text=True).stdout
     version = re.match(r"GNU Make (\d+)\.(\d+)", told)
     if not version:
@@ -219,11 +213,10 @@ def test_an_error_with_stderr_closed_keeps_its_status(hand_off: str) -> None:
     assert (result.returncode, result.stdout) == (125, "")
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 @TOGETHER
 def test_a_reader_that_ends_kills_the_command_by_sigpipe(hand_off: str) -> None:
     script = f'{" ".join(PORTEXEC)} -q -H {hand_off} -- yes | head -1; echo "${{PIPESTATUS[@]}}"'
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=DEADLINE)
+    result = subprocess.run([program("bash"), "-c", script], capture_output=True, text=True, timeout=DEADLINE)
     assert result.stdout == "y\n141 0\n"
 
 
@@ -437,9 +430,9 @@ def test_without_ipv6_an_ipv6_address_is_a_clean_error() -> None:
 @TOGETHER
 def test_ipv6_switched_off(hand_off: str, spec: str) -> None:
     with namespace("lo=up", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.lo.disable_ipv6=1") as inside:
-        result = run_in(inside, "-q", "-H", hand_off, "-l", spec, "--", *child("greeter"), "alone")
+        result = run("-q", "-H", hand_off, "-l", spec, "--", *child("greeter"), "alone", prefix=inside)
         assert (result.returncode, result.stdout, result.stderr) == (0, "served\n", "")
-        refused = run_in(inside, "-l", "[::1]:0", "--", "echo", "started")
+        refused = run("-l", "[::1]:0", "--", "echo", "started", prefix=inside)
     assert (refused.returncode, refused.stdout) == (125, "")
     assert refused.stderr.startswith("portexec: error: cannot listen on [::1]:0: Cannot assign requested address\n")
 
@@ -449,7 +442,7 @@ def test_ipv6_switched_off(hand_off: str, spec: str) -> None:
 @TOGETHER
 def test_loopback_down(hand_off: str, spec: str, setup: list[str]) -> None:
     with namespace(*setup) as inside:
-        result = run_in(inside, "-q", "-H", hand_off, "-l", spec, "--", *child("report"))
+        result = run("-q", "-H", hand_off, "-l", spec, "--", *child("report"), prefix=inside)
     assert (result.returncode, result.stderr) == (0, "")
     report = parse_report(result.stdout)
     assert guarded(report) == (set() if hand_off == "guard" else {port_of(report)})
@@ -458,8 +451,8 @@ def test_loopback_down(hand_off: str, spec: str, setup: list[str]) -> None:
 @TOGETHER
 def test_no_loopback_address(hand_off: str) -> None:
     with namespace("lo=up", "lo=bare") as inside:
-        every = run_in(inside, "-q", "-H", hand_off, "-l", "*", "--", *child("report"))
-        loopback = run_in(inside, "-H", hand_off, "--", "echo", "started")
+        every = run("-q", "-H", hand_off, "-l", "*", "--", *child("report"), prefix=inside)
+        loopback = run("-H", hand_off, "--", "echo", "started", prefix=inside)
     assert (every.returncode, every.stderr) == (0, "")
     report = parse_report(every.stdout)
     assert guarded(report) == (set() if hand_off == "guard" else {port_of(report)})
@@ -472,7 +465,7 @@ def test_no_loopback_address(hand_off: str) -> None:
 
 def served(hand_off: str, spec: str, prefix: Sequence[str] = ()) -> None:
     """Serve one connection on a number; the server closes first, so the number is left in TIME_WAIT."""
-    result = run_in(prefix, "-q", "-H", hand_off, "-l", spec, "--", *child("greeter"), "alone")
+    result = run("-q", "-H", hand_off, "-l", spec, "--", *child("greeter"), "alone", prefix=prefix)
     assert (result.returncode, result.stdout, result.stderr) == (0, "served\n", "")
 
 
@@ -533,7 +526,7 @@ def test_an_exhausted_ephemeral_range(hand_off: str) -> None:
     with namespace("lo=up", "net.ipv4.ip_local_port_range=50000 50007") as inside, greeters() as start:
         launched = [start("-H", hand_off, prefix=inside) for _ in range(8)]
         assert sorted(greeter.port() for greeter in launched) == list(range(50000, 50008))
-        refused = run_in(inside, "-H", hand_off, "--", "echo", "started")
+        refused = run("-H", hand_off, "--", "echo", "started", prefix=inside)
         assert (refused.returncode, refused.stdout) == (125, "")
         assert refused.stderr.startswith("portexec: error: ")
         assert "ephemeral range (50000-50007)" in refused.stderr
@@ -585,13 +578,6 @@ def test_an_interrupt_removes_the_unix_socket(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["env"]
 
 
-def can_inject() -> bool:
-    if not shutil.which("strace"):
-        return False
-    probe = ["strace", "-o", "/dev/null", "-e", "inject=rename:signal=INT", "true"]
-    return subprocess.run(probe, capture_output=True).returncode == 0
-
-
 def own_calls(log: str) -> list[tuple[str, int]]:
     """The system calls of portexec itself: from its first socket to the exec, each with the how-manieth of its name it is."""
     names = [line.partition("(")[0] for line in log.splitlines()]
@@ -614,8 +600,10 @@ def interrupted_at(directory: Path, call: str, number: int) -> str:
     return "" if told == (-signal.SIGINT, "", "") else str(told)
 
 
-@pytest.mark.skipif(not can_inject(), reason="needs strace and the right to trace")
 def test_an_interrupt_at_any_system_call_leaves_no_temporary_file(tmp_path: Path) -> None:
+    probe = [program("strace"), "-o", "/dev/null", "-e", "inject=rename:signal=INT", "true"]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("strace may not trace here")
     words = [*PORTEXEC, "-q", "-H", "fd", "--port-file", "port", "--", "echo", "started"]
     trace = ["strace", "-o", str(tmp_path / "log"), *words]
     subprocess.run(trace, capture_output=True, check=True, cwd=tmp_path, timeout=DEADLINE)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE, child, run, running
-from tests.test_guard_faults import refusing, run_in
+from tests.support.processes import refusing
 
 Result = subprocess.CompletedProcess[str]
 
@@ -247,7 +247,7 @@ def test_a_failure_after_the_notify_socket_was_made_leaves_none(hand_off: str, t
 
 def test_a_hand_off_that_cannot_be_had_leaves_none(tmp_path: Path) -> None:
     words = ["--ready", f"notify:{tmp_path}/notify", "-H", "guard", "--", "touch", str(tmp_path / "started")]
-    result = run_in(refusing(["seccomp", 1]), *words)
+    result = run(*words, prefix=refusing(["seccomp", 1]))
     assert result.returncode == 125
     assert result.stderr.startswith("portexec: error: hand-off guard cannot be had here: ")
     assert_nothing_happened(result, tmp_path)
@@ -290,7 +290,7 @@ def test_a_descriptor_that_is_not_open(number: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_standard_stream_that_is_closed(number: int, tmp_path: Path) -> None:
     words = ["--ready-fd", str(number), "-H", "fd", "--", "touch", str(tmp_path / "started")]
-    result = run_in(["sh", "-c", f'exec "$@" {number}>&-', "sh"], *words)
+    result = run(*words, prefix=["sh", "-c", f'exec "$@" {number}>&-', "sh"])
     assert result.returncode == 125
     assert not (tmp_path / "started").exists()
 

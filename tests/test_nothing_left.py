@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,19 +18,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DEADLINE, PORTEXEC, child, status_of, wait_for
-from tests.test_supervisor import is_gone
-from tests.test_then import Terminal, children_of, deadline, is_pending, terminal_with
+from tests.support import DEADLINE, PORTEXEC, child, is_gone, status_of, wait_for
+from tests.support.installed import program
+from tests.support.proc import children_of, is_pending, processes_with
+from tests.support.terminals import Terminal, terminal_with
+
+pytestmark = pytest.mark.once
 
 HAND_OFFS = pytest.mark.parametrize("hand_off", ["fd", "guard"])
 TEMPERS = pytest.mark.parametrize("temper", ["calm", "ignoring"])
 RESTART = ("--restart", "always")
-
-
-@pytest.fixture(autouse=True)
-def _deadline() -> Iterator[None]:
-    with deadline():
-        yield
 
 
 class Run:
@@ -87,17 +83,7 @@ class Run:
 
     def living(self) -> set[int]:
         """The processes that have the mark."""
-        mark = f"MARK={self.mark}".encode()
-        found = set()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    variables = (entry / "environ").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                if mark in variables:
-                    found.add(int(entry.name))
-        return found
+        return processes_with(f"MARK={self.mark}")
 
     def pid_of(self, role: str, count: int = 1) -> int:
         """Wait until so many of the role run, with all that is below them; the pid of the newest."""
@@ -222,7 +208,7 @@ def test_the_terminal_is_closed(make_run: MakeRun, temper: str, hand_off: str) -
 
 @contextmanager
 def job_in_a_shell(run: Run, words: list[str]) -> Iterator[Terminal]:
-    shell = shutil.which("bash") or pytest.skip("needs bash")
+    shell = program("bash")
     with run.cleaned_up(), terminal_with(shell, "--norc", "--noprofile", "-i") as terminal:
         terminal.press(shlex.join(words).encode() + b"\n")
         yield terminal

@@ -394,10 +394,9 @@ def test_neither_file_when_one_cannot_be_written(bad: str, directory: Path) -> N
     assert names_in(directory) == ["env", "p"]
 
 
+@pytest.mark.root  # makes a file of another user
 def test_neither_file_when_the_port_file_is_somebody_elses(directory: Path) -> None:
     """In a directory such as /tmp a file of another user cannot be renamed over, which shows only when it is tried."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can make a file of another user")
     sticky, export = directory / "sticky", directory / "env"
     sticky.mkdir()
     theirs = sticky / "p"

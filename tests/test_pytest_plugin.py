@@ -20,6 +20,7 @@ from tests.support import DEADLINE, ROOT, child, wait_for
 pytest_plugins = ["pytester"]
 
 TWICE = 2 * DEADLINE
+FEW_PLUGINS = "-p no:hypothesispytest -p no:timeout -p no:anyio"  # of no use here, and half of what a pytest costs to start
 NO_DEATH = "*Exited: the server ended by itself*"
 
 # Every test file begins with this. `note` leaves a line about a server, `say` one of any kind, for us to read afterwards.
@@ -79,6 +80,7 @@ def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Inner:
     """With nothing of the pytest that runs us in its environment."""
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTEST_ADDOPTS", FEW_PLUGINS)
     return Inner(pytester)
 
 
@@ -521,7 +523,8 @@ def test_every_worker_has_its_own(inner: Inner) -> None:
 
 def test_many_workers_with_a_server_for_each_test_and_one_worker_killed() -> None:
     words = [sys.executable, str(ROOT / "scripts" / "bench_pytest.py"), "--tests", "40", "--workers", "8", *child("light")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=4 * DEADLINE)
+    environment = os.environ | {"PYTEST_ADDOPTS": FEW_PLUGINS}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=4 * DEADLINE, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -568,9 +571,10 @@ def test_it_costs_nothing_where_it_is_not_used(inner: Inner) -> None:
         """,
         "conftest.py",
     )
-    # anyio has a pytest plugin itself, which is there wherever anyio is.
-    inner.run("def test_nothing(): pass", "-p", "no:anyio").assert_outcomes(passed=1)
-    assert inner.notes() == ["portexec.api.pytest_entry", "portexec", "portexec.api.pytest_entry", "portexec.api.pytest_plugin"]
+    # anyio has a pytest plugin itself, which is there wherever anyio is, but for FEW_PLUGINS.
+    inner.run("def test_nothing(): pass").assert_outcomes(passed=1)
+    entry, plugin = "portexec.api.pytest_entry", "portexec.api.pytest_plugin"
+    assert inner.notes() == [entry, "portexec", "portexec.api", entry, plugin]
 
 
 @pytest.mark.parametrize(("version", "plugins"), [((7, 4, 4), []), ((8, 0, 0), ["portexec.api.pytest_plugin"])])

@@ -13,7 +13,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,17 +23,6 @@ from typing import Any
 
 import pytest
 
-from tests.obedience import (
-    BY_NUMBER,
-    HAND_OFFS,
-    NO_SOCK_DIAG,
-    Server,
-    connect,
-    launched,
-    port_of,
-    refusing,
-    serving,
-)
 from tests.support import (
     DEADLINE,
     PORTEXEC,
@@ -47,6 +35,12 @@ from tests.support import (
     status_of,
     wait_for,
 )
+from tests.support.installed import program
+from tests.support.network import connect, port_of
+from tests.support.obedience import BY_NUMBER, HAND_OFFS, Server, launched, serving
+from tests.support.processes import NO_SOCK_DIAG, refusing
+
+pytestmark = pytest.mark.once
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
 
@@ -92,7 +86,7 @@ def test_listening_elsewhere_is_not_ready(hand_off: str) -> None:
 
 @pytest.mark.parametrize(("call", "options"), [("pidfd_getfd", ["-H", "guard"]), ("seccomp", [])], ids=["gated", "auto"])
 def test_listen_where_guard_is_refused_or_gated(call: str, options: list[str]) -> None:
-    with serving(*options, prefix=refusing([[call, errno.EPERM]])) as server:
+    with serving(*options, prefix=refusing([call, errno.EPERM])) as server:
         assert server.is_awaited()
         server.listens("guard")
         assert server.ready()["hand_off"] == (options[1] if options else "hold")
@@ -493,9 +487,8 @@ def test_without_notify_the_variable_is_left_alone(tmp_path: Path) -> None:
     assert done.stdout == "/somewhere/else\n"
 
 
+@pytest.mark.root  # becomes another user
 def test_another_user_cannot_say_that_it_is_ready(notify: str, tmp_path: Path) -> None:
-    if os.geteuid():
-        pytest.skip("only root can become another user")
     tmp_path.chmod(0o755)
     with serving("-H", "fd", "--ready", notify) as server:
         assert server.says(f"notify-as {STRANGER} READY=1") == ("refused" if ":" in notify else "sent")
@@ -539,10 +532,7 @@ def test_a_service_manager_that_has_gone_is_nobodys_failure(tmp_path: Path) -> N
 
 def test_systemd_notify(notify: str) -> None:
     """The program has ended, or waits for our answer to its barrier, when its message is read."""
-    program = shutil.which("systemd-notify")
-    if program is None:
-        (pytest.fail if os.environ.get("PORTEXEC_CI") else pytest.skip)("needs systemd-notify")
-    script = f"{program} --ready --status=well && echo told; read line"
+    script = f"{program('systemd-notify')} --ready --status=well && echo told; read line"
     with running("-q", "--ready-fd", "1", "--ready", notify, "-H", "fd", "--", "sh", "-c", script) as started:
         assert started.process.stdout is not None
         lines = [started.process.stdout.readline() for _ in range(2)]

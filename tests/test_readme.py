@@ -28,20 +28,22 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from portexec import options
 from tests.support import DEADLINE, ROOT, Running, get, kill_group, wait_for
-from tests.test_servers import APPS, PATH, is_installed, need
+from tests.support.installed import APPS, PATH, need
+
+pytestmark = pytest.mark.once
 
 README = (ROOT / "README.md").read_text()
 STRICT = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"]
 MARK = "----- that was all -----"
 NUMBER = re.compile(r"(\d{4,})")
 NEEDED = {"curl": "curl", "node": "node", "npm": "npm node", "uvicorn": "uvicorn fastapi", "hypercorn": "hypercorn fastapi"}
-NEEDED |= {"gunicorn": "gunicorn", "flask": "flask", "make": "make"}
+NEEDED |= {"gunicorn": "gunicorn", "flask": "flask", "make": "make", "uv": "uv"}
 NOT_OURS = {"--fd"}  # options of other programs that the text mentions
 
 
@@ -82,9 +84,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def shell(words: Sequence[str], **streams: int) -> Iterator[subprocess.Popen[str]]:
+def shell(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Run words in a session of their own, of which nothing is left afterwards, nor after the deadline."""
-    with subprocess.Popen([*words], text=True, start_new_session=True, **streams) as process:  # type: ignore[call-overload]
+    with subprocess.Popen([*words], text=True, start_new_session=True, **options) as process:
         timer = threading.Timer(2 * DEADLINE, kill_group, [process.pid])
         timer.start()
         try:
@@ -247,8 +249,7 @@ def run_steps(block: Block, place: Path) -> None:
 
 def run_procfile(block: Block, place: Path) -> None:
     """Every process of it answers, and honcho can stop them."""
-    if not is_installed("honcho"):
-        pytest.skip("not installed: honcho")
+    need(["honcho"])
     (place / "Procfile").write_text(block.text)
     process = subprocess.Popen(
         ["honcho", "start", "--no-colour"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -351,8 +352,6 @@ RUNNERS: dict[str, Callable[[Block, Path], None]] = {
 def test_block(block: Block, folder: Path) -> None:
     assert block.kind in RUNNERS, "nobody knows how to run it"
     words = set(re.findall(r"[\w.-]+", block.text))
-    if "uv" in words and not is_installed("uv"):
-        pytest.skip("not installed: uv")
     need([name for word, names in NEEDED.items() if word in words for name in names.split()])
     if "pip install portexec" in block.text and not is_installed_package():
         pytest.skip("portexec is not installed here, and is not to be fetched")

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE, Running, child, descriptors_of, get, running, status_of, wait_for
+from tests.support.installed import APPS, need
 
-APPS = Path(__file__).resolve().parent / "apps"
 BIN = Path(sys.executable).parent
 RATE = 250  # requests per second
 GOES_ON = "^portexec: error: .*old"
@@ -90,7 +90,7 @@ class Site:
 @contextmanager
 def loaded_site(tmp_path: Path, *words: str, options: Sequence[str] = ()) -> Iterator[Site]:
     """Run the server with `--restart`, and the load generator, until the block ends."""
-    need(words[0])
+    need([words[0]])
     folder = Path(shutil.copytree(APPS, tmp_path / "apps"))
     output = tmp_path / "load"
     with running("--restart", "on-failure", *options, "--", *words, cwd=folder) as started, output.open("wb") as file:
@@ -105,12 +105,6 @@ def loaded_site(tmp_path: Path, *words: str, options: Sequence[str] = ()) -> Ite
             load.kill()
             load.communicate()
             started.stop()
-
-
-def need(program: str) -> None:
-    """Skip the test unless the program is installed; where it should be, fail."""
-    if not shutil.which(program):
-        (pytest.fail if os.environ.get("PORTEXEC_CI") else pytest.skip)(f"not installed: {Path(program).name}")
 
 
 @WORKERS
@@ -254,7 +248,7 @@ def test_without_restart_a_hup_is_the_commands(option: list[str]) -> None:
 
 
 def test_without_restart_gunicorn_makes_its_worker_anew(tmp_path: Path) -> None:
-    need(GUNICORN[0])
+    need([GUNICORN[0]])
     folder = Path(shutil.copytree(APPS, tmp_path / "apps"))
     with running("--ready", "accept", "--", *GUNICORN, cwd=folder) as started:
         url = started.url()

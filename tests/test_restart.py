@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 
-from tests.obedience import BY_NUMBER, HAND_OFFS, NO_SOCK_DIAG, TURNS, Server, connect, obeying, port_of, refusing
-from tests.support import DEADLINE, child, descriptors_of, run, running, status_of, wait_for
-from tests.test_guard_faults import THEFTS, steal
-from tests.test_supervisor import is_gone
+from tests.support import DEADLINE, child, descriptors_of, is_gone, run, running, status_of, wait_for
+from tests.support.network import THEFTS, connect, port_of, steal
+from tests.support.obedience import BY_NUMBER, HAND_OFFS, TURNS, Server, obeying
+from tests.support.processes import NO_SOCK_DIAG, refusing
+
+pytestmark = pytest.mark.once
 
 RESTARTED = r"^portexec: note: the command ended \((.*)\); restart in (\S+) s$"
 
@@ -257,8 +259,8 @@ def test_datagrams_that_come_while_it_is_down_are_for_the_next() -> None:
         assert started.process.stdout is not None
         client.connect(("127.0.0.1", port_of(started.url())))
         client.settimeout(DEADLINE)
-        for text in (b"1", b"2", b"3"):
-            client.send(text)
+        for text in ("1", "2", "3"):
+            client.send(text.encode())
         for text in ("1", "2", "3"):
             pid = started.process.stdout.readline().strip()
             assert client.recv(100).decode() == f"{text} by {pid}"

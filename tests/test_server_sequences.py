@@ -6,11 +6,9 @@ as about its neighbour.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import tempfile
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +21,8 @@ from hypothesis import strategies as st
 
 import portexec
 from tests.support import descriptors_of, get, wait_for
-from tests.test_server_api import LIGHT, MARK, ON_FD, describe, greeting, hook, marked
-from tests.test_servers import need
-from tests.test_then import deadline
+from tests.support.installed import need
+from tests.support.serving import LIGHT, ON_FD, describe, greeting, hook, marked, marking
 
 Serving = Callable[[], portexec.Serving]
 STEPS = ["start", "stop", "restart", "kill", "behead", "get", "leave", "fail", "hurry"]
@@ -137,21 +134,14 @@ def run(backend: str, coroutine: Callable[[], Coroutine[Any, Any, None]]) -> Non
 @contextmanager
 def nothing_is_left() -> Iterator[Path]:
     """Fail if the block leaves a process, a descriptor, or a file in the directory that it gets."""
-    text = uuid.uuid4().hex
     before = descriptors_of()
-    os.environ[MARK] = text
-    try:
-        with tempfile.TemporaryDirectory() as name, deadline():
+    with marking() as mark:
+        with tempfile.TemporaryDirectory() as name:
             yield Path(name)
             left = [entry.name for entry in Path(name).iterdir()]
-            wait_for(lambda: not marked(text))  # of a portexec that was killed there is something for a moment
+            wait_for(lambda: not marked(mark))  # of a portexec that was killed there is something for a moment
         assert left == []
         assert descriptors_of() == before
-    finally:
-        del os.environ[MARK]
-        for pid in marked(text):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 def slots_in(place: Path, is_plain: bool) -> list[Slot]:
@@ -185,11 +175,8 @@ def test_what_is_left_is_seen() -> None:
         reader, writer = os.pipe()
     os.close(reader)
     os.close(writer)
-    os.environ[MARK] = "seen"
-    try:
+    with marking() as mark:
         with portexec.serve(ON_FD) as server:
-            assert {server.pid, hook(server)} <= marked("seen")
-            assert any("light.py" in line for line in describe(marked("seen")))
-        assert marked("seen") == set()
-    finally:
-        del os.environ[MARK]
+            assert {server.pid, hook(server)} <= marked(mark)
+            assert any("light.py" in line for line in describe(marked(mark)))
+        assert marked(mark) == set()

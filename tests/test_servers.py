@@ -1,21 +1,19 @@
 """Real servers, each started as its users start it, under portexec: it answers on the announced address and stops whole.
 
 Two tables: servers that take the descriptor, and servers that bind the number themselves, which run in every hand-off that
-gives them one. A server that is not installed is skipped; with PORTEXEC_CI set, when all of them should be, that is a failure.
+gives them one.
 """
 
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import os
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -23,15 +21,10 @@ from typing import NamedTuple
 import pytest
 
 from tests.support import DEADLINE, Running, get, kill_group, running, wait_for
+from tests.support.installed import APPS, PATH, need
+from tests.support.proc import is_session_gone, listening_numbers, members
 
-APPS = Path(__file__).resolve().parent / "apps"
 BY_NUMBER_HAND_OFFS = ["guard", "hold"]
-LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp
-
-# Console scripts of the environment that the tests run in come first, as in a shell where it is activated.
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-# Some are installed with another program and only show when that is asked.
-PROBES = {"webrick": "ruby -e 'require \"webrick\"'"}
 
 
 class Served:
@@ -142,14 +135,14 @@ NGINX = "exec nginx -p . -c made.conf -e stderr"
 
 BY_DESCRIPTOR = [
     Server("uvicorn --fd 3", "uvicorn asgi:app --fd 3", "uvicorn fastapi"),
-    Server("uvicorn --fd {fd}", "uvicorn asgi:app --fd {fd}", "uvicorn fastapi"),
-    Server("uvicorn --workers", "uvicorn asgi:app --fd {fd} --workers 2", "uvicorn fastapi", act=answer_by_two),
-    Server("uvicorn --reload", "uvicorn asgi:app --fd {fd} --reload", "uvicorn fastapi", act=reload_twice),
+    Server("uvicorn --fd {fd}", "uvicorn plain:app --fd {fd}", "uvicorn"),
+    Server("uvicorn --workers", "uvicorn plain:app --fd {fd} --workers 2", "uvicorn", act=answer_by_two),
+    Server("uvicorn --reload", "uvicorn plain:app --fd {fd} --reload", "uvicorn", act=reload_twice),
     Server("gunicorn LISTEN_FDS", "gunicorn wsgi:app", "gunicorn", options="-H fd", act=hang_up),
     Server("gunicorn fd://", "gunicorn -b fd://{fd} -w 2 wsgi:app", "gunicorn", act=replace_a_worker),
-    Server("hypercorn fd://3", "hypercorn -b fd://3 asgi:app", "hypercorn fastapi"),
-    Server("hypercorn fd://{fd}", "hypercorn -b fd://{fd} asgi:app", "hypercorn fastapi"),
-    Server("daphne", "daphne --fd {fd} asgi:app", "daphne fastapi"),
+    Server("hypercorn fd://3", "hypercorn -b fd://3 plain:app", "hypercorn"),
+    Server("hypercorn fd://{fd}", "hypercorn -b fd://{fd} plain:app", "hypercorn"),
+    Server("daphne", "daphne --fd {fd} plain:app", "daphne"),
     Server(
         "flask",
         "flask --app flask_app run",
@@ -177,13 +170,13 @@ BY_DESCRIPTOR = [
 
 BY_NUMBER = [
     Server("uvicorn", "uvicorn asgi:app --port {port}", "uvicorn fastapi"),
-    Server("uvicorn --reload", "uvicorn asgi:app --port {port} --reload", "uvicorn fastapi", act=reload_twice),
-    Server("uvicorn --workers", "uvicorn asgi:app --port {port} --workers 2", "uvicorn fastapi", act=replace_a_worker),
+    Server("uvicorn --reload", "uvicorn plain:app --port {port} --reload", "uvicorn", act=reload_twice),
+    Server("uvicorn --workers", "uvicorn plain:app --port {port} --workers 2", "uvicorn", act=replace_a_worker),
     Server("gunicorn $PORT", "gunicorn wsgi:app", "gunicorn", act=hang_up),
     Server("gunicorn -b", "gunicorn -b 127.0.0.1:{port} -w 2 wsgi:app", "gunicorn", act=replace_a_worker),
     Server("gunicorn --reuse-port", "gunicorn -b 127.0.0.1:{port} --reuse-port -w 2 wsgi:app", "gunicorn", act=answer_by_two),
-    Server("hypercorn", "hypercorn -b 127.0.0.1:{port} -w 2 asgi:app", "hypercorn fastapi", act=answer_by_two),
-    Server("granian", "granian --interface asgi --port {port} --workers 2 asgi:app", "granian fastapi", act=answer_by_two),
+    Server("hypercorn", "hypercorn -b 127.0.0.1:{port} -w 2 plain:app", "hypercorn", act=answer_by_two),
+    Server("granian", "granian --interface asgi --port {port} --workers 2 plain:app", "granian", act=answer_by_two),
     Server("http.server", "python -m http.server {port} --bind 127.0.0.1", "python"),
     Server("flask --debug", "flask --app flask_app run --debug --port {port}", "flask", act=reload_twice),
     Server("django runserver", "python manage.py runserver {port}", "python django", act=reload_twice),
@@ -252,80 +245,6 @@ def serving(server: Server, tmp_path: Path, *options: str) -> Iterator[Served]:
             yield Served(started, started.url(), folder, server.ask)
             started.process.terminate()
             started.process.wait(DEADLINE)
-            wait_for(lambda: is_gone(started.process.pid))
+            wait_for(lambda: is_session_gone(started.process.pid))
         finally:
             kill_group(started.process.pid)
-
-
-def need(names: Iterable[str]) -> None:
-    """Skip the test unless all of these are installed; where they should be, fail."""
-    missing = [name for name in names if not is_installed(name)]
-    if missing == ["ipv6"]:
-        pytest.skip("the loopback interface has no IPv6 address")
-    if missing:
-        (pytest.fail if os.environ.get("PORTEXEC_CI") else pytest.skip)(f"not installed: {', '.join(missing)}")
-
-
-def is_installed(name: str) -> bool:
-    """Whether there is a program, or a Python module, of this name."""
-    if name == "ipv6":
-        return has_ipv6()
-    if name in PROBES:
-        program, *words = shlex.split(PROBES[name])
-        return bool(shutil.which(program)) and not subprocess.run([program, *words], capture_output=True).returncode
-    return bool(shutil.which(name, path=PATH) or importlib.util.find_spec(name))
-
-
-def has_ipv6() -> bool:
-    """Whether the loopback interface has its IPv6 address."""
-    try:
-        return "00000000000000000000000000000001" in Path("/proc/net/if_inet6").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def is_gone(session: int) -> bool:
-    """Whether nothing of the session runs any more; says what does, if it is asked for the last time."""
-    left = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in members(session)}
-    assert not left, f"left running: {left}"
-    return True
-
-
-def members(session: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The second field is the program's name in parentheses, in which anything may stand.
-            state, _parent, _group, its_session = status.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(its_session) == session and state != "Z":
-            found.append(int(status.parent.name))
-    return found
-
-
-def listening_numbers(session: int) -> set[int]:
-    """The TCP numbers on which the processes of a session listen."""
-    theirs = {link for pid in members(session) for link in links(pid)}
-    rows = [row.split() for table in ("tcp", "tcp6") for row in table_rows(table)]
-    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == LISTENING and f"socket:[{row[9]}]" in theirs}
-
-
-def links(pid: int) -> list[str]:
-    """What the descriptors of a process are; none if it is gone."""
-    found = []
-    for entry in Path(f"/proc/{pid}/fd").glob("*"):
-        try:
-            found.append(os.readlink(entry))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def table_rows(table: str) -> list[str]:
-    """The sockets in one of the kernel's tables; there is none where there is no IPv6."""
-    try:
-        return Path(f"/proc/net/{table}").read_text().splitlines()[1:]
-    except FileNotFoundError:
-        return []

@@ -11,25 +11,26 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache
-from typing import Any
 
 import pytest
 
 from portexec.binding import guard as guards
-from tests.support import DEADLINE, STRANGER, Running, child, run, running
+from tests.support import DEADLINE, STRANGER, Running, child, read_line, run, running, tell
+from tests.support.installed import has_ipv6, needs_ipv6
+from tests.support.thieves import SAME_USER, Attempt, attempts, every_attempt, every_user, identity_of, thief
 
-Attempt = dict[str, Any]
+pytestmark = pytest.mark.once
 
+NAMED = ("named", "first of two", "second of two")
 # What the documentation says of each hand-off: who can take the number, before the command serves, from whoever asks for it.
 MAY_TAKE: dict[str, Callable[[Attempt], bool]] = {
     "fd": lambda attempt: False,
     "guard": lambda attempt: False,
     "hold": lambda attempt: attempt["reuse_addr"] and attempt["way"] in NAMED,
 }
-NAMED = ("named", "first of two", "second of two")
 
 # Which addresses a socket takes up: of IPv4, of IPv6; `*` is all of a family.
 COVERS = {
@@ -45,86 +46,21 @@ COVERS = {
     "::ffff:127.0.0.1": ("127.0.0.1", ""),
 }
 LISTEN = ("127.0.0.1", "[::1]", "0.0.0.0", "[::]", "*")
-USERS = ("same user", "stranger")
 LAUNCHERS = ("itself", "without rights")  # who we are, with all rights of root if we are root, or an ordinary user
 ATTEMPTS = 10_000  # of each thief that does nothing else
 NOT_HERE = ("EADDRNOTAVAIL", "EAFNOSUPPORT")
 
 
-def _has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-HAS_IPV6 = _has_ipv6()
-needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="needs IPv6 on the loopback interface")
 every_hand_off = pytest.mark.parametrize("hand_off", MAY_TAKE)
 every_listen = pytest.mark.parametrize(
     "listen", [pytest.param(listen, marks=needs_ipv6 if ":" in listen else ()) for listen in LISTEN]
 )
-every_user = pytest.mark.parametrize("user", USERS)
 
 
 @pytest.fixture
-def stranger() -> list[str]:
-    """The words that make a thief another user."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to become another user")
-    return ["--as", str(STRANGER)]
-
-
-@pytest.fixture
-def identity(user: str, request: pytest.FixtureRequest) -> list[str]:
+def identity(user: str) -> list[str]:
     """The words that make a thief this user."""
-    words: list[str] = request.getfixturevalue("stranger") if user == "stranger" else []
-    return words
-
-
-def every_attempt(identity: list[str], number: int) -> list[Attempt]:
-    """What a thief gets by every way: first without SO_REUSEADDR, so that none profits from what the others left behind."""
-    return [attempt for options in ("-,p", "a,ap") for attempt in attempts(identity, "all", number, options)]
-
-
-def attempts(identity: list[str], *words: object) -> Any:
-    """Run a thief to its end, and what it printed."""
-    done = subprocess.run(
-        [*child("thief"), *identity, *map(str, words)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@contextmanager
-def thief(identity: list[str], *words: object, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
-    """A thief that goes on until its stdin ends."""
-    command = [*prefix, *child("thief"), *identity, *map(str, words)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=DEADLINE)
-
-
-def read_line(process: subprocess.Popen[str]) -> str:
-    """The next line of a child's stdout."""
-    assert process.stdout is not None
-    return process.stdout.readline().rstrip("\n")
-
-
-def tell(process: subprocess.Popen[str], line: str) -> None:
-    """Give a child a line on its stdin."""
-    assert process.stdin is not None
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
+    return identity_of(user)
 
 
 @cache
@@ -171,7 +107,7 @@ def overlap(one: str, other: str) -> bool:
 
 def possible(tried: list[Attempt]) -> list[Attempt]:
     """The attempts that this machine has the addresses for."""
-    return [one for one in tried if HAS_IPV6 or ":" not in one["address"] or one["why"] not in NOT_HERE]
+    return [one for one in tried if has_ipv6() or ":" not in one["address"] or one["why"] not in NOT_HERE]
 
 
 def wrong_outcomes(tried: list[Attempt], expected: Callable[[Attempt], bool]) -> list[Attempt]:
@@ -270,7 +206,7 @@ def test_between_bind_and_listen(launcher: str, listen: str, user: str, identity
     """A command may take its time from one to the other. There is one binder who can come in between, and it is documented:
     no scrub can undo what the kernel caches of a socket on all addresses, and only root can hide it.
     """
-    is_open = listen == "*" and user == "same user" and (launcher == "without rights" or os.geteuid() != 0)
+    is_open = listen == "*" and user == SAME_USER and (launcher == "without rights" or os.geteuid() != 0)
 
     def is_documented(attempt: Attempt) -> bool:
         return is_open and attempt["reuse_port"] and attempt["got"]
@@ -364,7 +300,9 @@ def test_the_thief_can_connect_from_a_number_that_only_a_connection_has(identity
 SAME_USER_OPTIONS = "-,a" if os.geteuid() else "-,a,p,ap"
 
 
-@pytest.mark.parametrize(("user", "options"), [("same user", SAME_USER_OPTIONS), ("stranger", "-,a,p,ap")])
+@pytest.mark.parametrize(
+    ("user", "options"), [(SAME_USER, SAME_USER_OPTIONS), pytest.param("stranger", "-,a,p,ap", marks=pytest.mark.root)]
+)
 def test_thieves_who_name_the_number_all_the_time_never_get_between_flips(options: str, identity: list[str]) -> None:
     with ExitStack() as stack:
         guard = stack.enter_context(closing(guards.Guard(0)))
@@ -382,12 +320,13 @@ def test_thieves_who_name_the_number_all_the_time_never_get_between_flips(option
 
 def flip_once(guard: guards.Guard) -> None:
     """What a launch does with its number, for every kind of address; fails if a thief is in the way."""
-    ipv6 = [(socket.AF_INET6, "::1"), (socket.AF_INET6, "::")] * HAS_IPV6
+    ipv6 = [(socket.AF_INET6, "::1"), (socket.AF_INET6, "::")] * has_ipv6()
     for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), *ipv6]:
         with socket.socket(family) as listener:
-            with guards.Flip(guard, listener):
+            with guards.Flip(guard, listener, host):
                 listener.bind((host, guard.port))
-            guards.listen_past(guard, listener, listener.listen)
+            with guards.Flip(guard, listener, host):
+                listener.listen()
 
 
 # A server after the other on each address of its words, every second round with SO_REUSEADDR, until it is told to stop.
@@ -413,15 +352,15 @@ print(json.dumps(failed), flush=True)
 @pytest.mark.parametrize(
     ("launcher", "user", "options"),
     [
-        ("itself", "stranger", "-,a,p,ap"),
-        ("itself", "same user", SAME_USER_OPTIONS),
-        ("without rights", "stranger", "-,a,p,ap"),
-        ("without rights", "same user", "-,a"),
+        pytest.param("itself", "stranger", "-,a,p,ap", marks=pytest.mark.root),
+        ("itself", SAME_USER, SAME_USER_OPTIONS),
+        pytest.param("without rights", "stranger", "-,a,p,ap", marks=pytest.mark.root),
+        ("without rights", SAME_USER, "-,a"),
     ],
 )
 def test_thieves_never_get_between_admitted_binds(launcher: str, options: str, identity: list[str]) -> None:
     """While servers come and go under the guard; scripts/bench_theft.py does it longer, and beside other ways."""
-    addresses = ",".join(["127.0.0.1", "0.0.0.0"] + ["::1", "::", "*"] * HAS_IPV6)
+    addresses = ",".join(["127.0.0.1", "0.0.0.0"] + ["::1", "::", "*"] * has_ipv6())
     command = SERVE_AND_CLOSE.replace("sys.argv[1]", repr(addresses))
     with ExitStack() as stack:
         launch, number = stack.enter_context(starting("guard", launcher=launcher, command=command))
@@ -435,10 +374,12 @@ def test_thieves_never_get_between_admitted_binds(launcher: str, options: str, i
     assert [line for line in launch.lines if "another listener" in line] == []
 
 
-def test_a_hundred_launches_among_spinning_thieves(stranger: list[str]) -> None:
+@pytest.mark.root  # two of the thieves are another user
+def test_a_hundred_launches_among_spinning_thieves() -> None:
     """Thieves who take and drop numbers at random spoil no start, and get no number of a launch when they are told it."""
+    identities = [identity_of(user) for user in (SAME_USER, "stranger")] * 2
     with ExitStack() as stack:
-        thieves = [stack.enter_context(thief(identity, "spin", 1_000_000)) for identity in ([], [], stranger, stranger)]
+        thieves = [stack.enter_context(thief(identity, "spin", 1_000_000)) for identity in identities]
         assert [read_line(one) for one in thieves] == ["ready"] * 4
         for _ in range(10):
             with ExitStack() as batch:

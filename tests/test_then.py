@@ -10,31 +10,30 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.obedience import port_of
-from tests.support import DEADLINE, PORTEXEC, Running, child, run, running, status_of, wait_for
-from tests.test_supervisor import is_gone, on_a_terminal
+from tests.support import DEADLINE, PORTEXEC, Running, child, is_gone, run, running, status_of, wait_for
+from tests.support.installed import needs_ipv6, program
+from tests.support.network import port_of
+from tests.support.proc import children_of, is_pending, state
+from tests.support.terminals import CTRL_C, terminal_with
 
 HAND_OFFS = ["fd", "guard", "hold"]
 TOGETHER = pytest.mark.parametrize("hand_off", HAND_OFFS)
 BY_NUMBER = pytest.mark.parametrize("hand_off", ["guard", "hold"])
 SERVER = child("obeying")
 ENDED = r"^portexec: error: .*ended.*"
-CTRL_C = b"\x03"
 WITHOUT_CORE_FILES = ["/bin/sh", "-c", 'ulimit -c 0; exec "$@"', "sh"]
 STAY = "exec sleep 1000"  # tests that go on until they are stopped
-IPV6 = pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="needs IPv6")
 
 
 def ask(line: str, url: str = "{url}") -> str:
@@ -60,29 +59,6 @@ def pid_in(line: str, word: str) -> int:
     found = re.fullmatch(rf"{word} (\d+)", line)
     assert found, line
     return int(found[1])
-
-
-@pytest.fixture(autouse=True)
-def _deadline() -> Iterator[None]:
-    """A line that never comes fails a test here, rather than keeping all the others waiting."""
-    with deadline():
-        yield
-
-
-@contextmanager
-def deadline() -> Iterator[None]:
-    """Raise in this thread when the block takes far too long."""
-
-    def fail(number: int, frame: object) -> None:
-        raise AssertionError(f"not over after {2 * DEADLINE:g} s")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, 2 * DEADLINE)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # Statuses.
@@ -197,7 +173,7 @@ def test_a_template_that_the_tests_cannot_have_is_refused_before_the_server_star
     assert "bug" not in done.stderr
 
 
-@IPV6
+@needs_ipv6
 @BY_NUMBER
 @pytest.mark.parametrize("ready", ["listen", "accept", "notify"])
 @pytest.mark.parametrize(
@@ -318,10 +294,6 @@ def test_the_tests_start_when_the_server_is_ready_and_not_before(hand_off: str, 
         assert next_line(started) == "tests"
         assert next_line(started).isdigit()
         assert started.process.wait(DEADLINE) == 0
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @TOGETHER
@@ -536,52 +508,6 @@ def test_a_signal_to_the_whole_group_stops_gently() -> None:
 # On a terminal.
 
 
-class Terminal:
-    """A portexec, or the shell that has it as a job, on a terminal of its own."""
-
-    def __init__(self, pid: int, fd: int) -> None:
-        self.pid = pid
-        self.fd = fd
-        self.unread = ""
-
-    def find(self, *patterns: str) -> list[re.Match[str]]:
-        """Read until all of these have come, in whatever order, and drop what was read up to the last of them."""
-        while not all(found := [re.search(pattern, self.unread) for pattern in patterns]):
-            try:
-                data = os.read(self.fd, 1000)
-            except OSError:  # EIO: the other end was closed
-                data = b""
-            assert data, f"the terminal closed after {self.unread!r}"
-            self.unread += data.decode()
-        matches = [match for match in found if match is not None]
-        self.unread = self.unread[max(match.end() for match in matches) :]
-        return matches
-
-    def pids(self) -> tuple[int, int]:
-        """Read until server and tests have said that they run; return their pids."""
-        server, tests = self.find(r"serving (\d+)\r", r"tests (\d+)\r")
-        return int(server[1]), int(tests[1])
-
-    def press(self, keys: bytes) -> None:
-        os.write(self.fd, keys)
-
-    def hang_up(self) -> None:
-        """Close our end; something harmless takes its number."""
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, self.fd)
-        os.close(null)
-
-    def status(self) -> int:
-        """Wait until it ends. What it still writes is read, as a terminal does."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-@contextmanager
-def terminal_with(*words: str) -> Iterator[Terminal]:
-    with on_a_terminal(*words) as (pid, fd):
-        yield Terminal(pid, fd)
-
-
 @TOGETHER
 def test_ctrl_c_ends_both_and_dies_by_int(hand_off: str) -> None:
     server = [*SERVER, "on=SIGINT:end", "on=SIGTERM:ignore"]  # the tests' end is TERM to it, which may come first
@@ -680,10 +606,6 @@ def test_tests_with_a_summary_at_ctrl_c_get_to_finish_it(tmp_path: Path) -> None
         assert terminal.status() == -signal.SIGINT
 
 
-def is_pending(pid: int, number: signal.Signals) -> bool:
-    return bool(int(status_of(pid)["ShdPnd"], 16) >> (number - 1) & 1)
-
-
 @pytest.mark.parametrize("way", ["ignore", "stay"])
 def test_a_second_ctrl_c_kills_at_once(way: str) -> None:
     server = [*SERVER, f"on=SIGTERM:{way}", f"on=SIGINT:{way}"]
@@ -719,13 +641,9 @@ def test_the_tests_can_read_from_the_terminal() -> None:
         assert terminal.status() == 0
 
 
-def state(pid: int) -> str:
-    return status_of(pid)["State"][0]
-
-
 @TOGETHER
 def test_ctrl_z_stops_all_and_fg_continues_all(hand_off: str) -> None:
-    shell = shutil.which("bash") or pytest.skip("needs bash")
+    shell = program("bash")
     then = f"echo tests $$; read line; {ask('variable PORT')}; echo asked; exit 3"
     words = [*PORTEXEC, "-q", "-H", hand_off, "--then", then, "--", *SERVER]
     with terminal_with(shell, "--norc", "--noprofile", "-i") as terminal:
@@ -746,7 +664,7 @@ def test_ctrl_z_stops_all_and_fg_continues_all(hand_off: str) -> None:
 
 def test_the_tests_may_be_an_interactive_shell() -> None:
     """It has the terminal, with job control and a Ctrl-C of its own, and gives it back."""
-    shell = shutil.which("bash") or pytest.skip("needs bash")
+    shell = program("bash")
     then = f"PS1='ask: ' exec {shell} --norc --noprofile -i"
     with terminal_with(shell, "--norc", "--noprofile", "-i") as terminal:
         terminal.press(shlex.join([*PORTEXEC, "-q", "-e", "BASE={url}", "--then", then, "--", *SERVER]).encode() + b"\n")
@@ -806,7 +724,7 @@ def test_below_nohup_it_survives_its_terminal(hand_off: str, tmp_path: Path) -> 
 
 def test_a_hup_for_what_has_survived_its_terminal_is_from_somebody_else(tmp_path: Path) -> None:
     """The shell that left it running has gone. Who sends a HUP now means a replacement."""
-    shell = shutil.which("bash") or pytest.skip("needs bash")
+    shell = program("bash")
     output = tmp_path / "output"
     words = shlex.join([*PORTEXEC, "-v", "-H", "fd", "--restart", "on-failure", "--ready", "none", "--", *SERVER])
     with terminal_with(shell, "--norc", "--noprofile", "-i") as terminal:

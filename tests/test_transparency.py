@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from tests.support import DEADLINE, PORTEXEC, child, kill_group, status_of, wait_for
+from tests.support.installed import program
 
 # Those that replace portexec by the command come first in both; one that stays as the parent is in the first list only.
 HAND_OFFS = ["fd", "guard", "hold"]
@@ -47,7 +48,6 @@ PLAIN_FILES = ("limits", "timerslack_ns", "personality", "oom_score_adj", "cored
 
 STREAMS = {"stdin": "in", "stdout": "out", "stderr": "out"}
 WC = shutil.which("wc") or "wc"
-ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 STARTS: list[Any] = [
     pytest.param({}, id="nothing special"),
@@ -70,8 +70,8 @@ STARTS: list[Any] = [
     pytest.param({"no_new_privileges": True}, id="no new privileges"),
     pytest.param({"filter": True}, id="a seccomp filter"),
     pytest.param({"session": True}, id="a session of its own"),
-    pytest.param({"gid": 65534, "groups": [5, 6, 65534]}, id="groups", marks=ROOT_ONLY),
-    pytest.param({"drop_capability": 21}, id="fewer capabilities", marks=ROOT_ONLY),
+    pytest.param({"gid": 65534, "groups": [5, 6, 65534]}, id="groups", marks=pytest.mark.root),
+    pytest.param({"drop_capability": 21}, id="fewer capabilities", marks=pytest.mark.root),
     pytest.param({"open": {"7": ["in", os.O_RDONLY, 3], "9": ["out", os.O_RDWR | os.O_APPEND, 1]}}, id="descriptors 7 and 9"),
     pytest.param({"open": {"0": ["in", os.O_RDWR | os.O_NONBLOCK, 2], "2": ["out", os.O_WRONLY, 4]}}, id="other streams"),
     pytest.param({"open": {"70": ["in", os.O_RDONLY, 3], "64": ["out", os.O_RDWR, 1]}}, id="descriptors 64 and 70"),
@@ -323,14 +323,13 @@ def test_keys_kill_the_command_by_their_signal(place: Place, hand_off: str, key:
     assert on_terminal(place, wrapped(hand_off), press) == -number
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 @pytest.mark.parametrize("hand_off", HAND_OFFS)
 def test_job_control_stops_and_continues_the_command(place: Place, hand_off: str) -> None:
     line = " ".join(f"'{word}'" for word in [*wrapped(hand_off), WC, str(place.pipe)])
     with terminal() as (master, slave):
         shell = start(
             {"terminal": 0},
-            [shutil.which("bash") or "bash", "--norc", "--noprofile", "-i"],
+            [program("bash"), "--norc", "--noprofile", "-i"],
             environment(TERM="dumb", PS1="> "),
             stdin=slave,
             stdout=slave,

@@ -16,7 +16,9 @@ import pytest
 
 import portexec
 from tests.support import DEADLINE, ROOT
-from tests.test_servers import need
+from tests.support.installed import need
+
+pytestmark = pytest.mark.once
 
 CASES = Path(__file__).resolve().parent / "typing_cases"
 RIGHT = CASES / "right.py"

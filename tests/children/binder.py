@@ -32,7 +32,7 @@ def attempt(call, *arguments):
     try:
         call(*arguments)
     except OSError as error:
-        return errno.errorcode.get(error.errno, str(error.errno))
+        return errno.errorcode.get(error.errno or 0, str(error.errno))
     return "ok"
 
 
@@ -226,7 +226,7 @@ def orphan():
 def again():
     """Three servers one after the other, with shutdown(), with a connection that outlives its listener, with TIME_WAIT."""
     results = []
-    kept = []
+    kept: list[object] = []
     for _ in range(3):
         made = tcp(REUSEADDR)
         results.append(serve(made))

@@ -30,7 +30,7 @@ def outcome(call, *arguments):
     try:
         call(*arguments)
     except OSError as error:
-        return errno.errorcode.get(error.errno, str(error.errno))
+        return errno.errorcode.get(error.errno or 0, str(error.errno))
     return "ok"
 
 

@@ -30,6 +30,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 TCP_INFO_UNACKED = 24  # of a listener, the connections that wait, linux/tcp.h
 
@@ -125,20 +126,31 @@ def notify_as(uid: str, text: str) -> None:
     say(said.get(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "failed"))
 
 
+KNOWN: dict[str, Callable[..., None]] = {
+    "bind": bind,
+    "take": take,
+    "pending": pending,
+    "accept": accept,
+    "reset": reset,
+    "keep": keep,
+    "reply": reply,
+}
+
+
 def obey(line: str) -> None:
     word, *rest = line.split()
     say(word)
     if word in ("notify", "notify-as"):
         words = line.split(None, 1 if word == "notify" else 2)[1:]
-        return notify(*words) if word == "notify" else notify_as(*words)
-    if word == "exit":
+        (notify if word == "notify" else notify_as)(*words)
+    elif word == "exit":
         os._exit(int(rest[0]))
-    if word in ("listen", "close"):
-        return getattr(sockets[rest[0]], word)()
-    if word == "shutdown":
-        return sockets[rest[0]].shutdown(socket.SHUT_RDWR)
-    known = {"bind": bind, "take": take, "pending": pending, "accept": accept, "reset": reset, "keep": keep, "reply": reply}
-    return known[word](*rest)
+    elif word in ("listen", "close"):
+        getattr(sockets[rest[0]], word)()
+    elif word == "shutdown":
+        sockets[rest[0]].shutdown(socket.SHUT_RDWR)
+    else:
+        KNOWN[word](*rest)
 
 
 def source() -> int:

@@ -186,7 +186,7 @@ def spin(count: int) -> None:
     lowest, highest = (int(word) for word in open("/proc/sys/net/ipv4/ip_local_port_range").read().split())
     for _ in range(count):
         if select.select([0], [], [], 0)[0]:
-            line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined]  # unbuffered, so that select knows all
+            line = sys.stdin.buffer.raw.readline()  # type: ignore[union-attr]  # unbuffered, so that select knows all
             if not line:
                 return
             say([found for number in json.loads(line) for found in name_it(number, OPTIONS)])

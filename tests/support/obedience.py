@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,23 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.support import (
-    DEADLINE,
-    Running,
-    child,
-    kill_group,
-    running,
-)
+from tests.support.processes import Running, child, kill_group, running
+from tests.support.waiting import DEADLINE
 
 HAND_OFFS = ["fd", "guard", "hold"]
 BY_NUMBER = ["guard", "hold"]
-NO_SOCK_DIAG = [["socket", errno.EAFNOSUPPORT, 0, 16]]  # 16 is AF_NETLINK, and has no bit in common with the other families
 TURNS = 12
-
-
-def refusing(rules: Sequence[object]) -> list[str]:
-    """The words that put a filter with these rules around portexec."""
-    return [*child("refuse"), json.dumps(rules)]
 
 
 class Server:
@@ -130,18 +117,3 @@ def serving(*options: str, prefix: Sequence[str] = (), **more: Any) -> Iterator[
     with launched(*options, prefix=prefix, **more) as server:
         server.comes_up()
         yield server
-
-
-def port_of(url: str) -> int:
-    return int(url.rpartition(":")[2])
-
-
-def connect(url: str) -> socket.socket:
-    """A client. What it connects to is there."""
-    if url.startswith("unix:"):
-        client = socket.socket(socket.AF_UNIX)
-        path = url.removeprefix("unix:")
-        client.settimeout(DEADLINE)
-        client.connect(f"\0{path[1:]}" if path.startswith("@") else path)
-        return client
-    return socket.create_connection((url.partition("//")[2].rpartition(":")[0].strip("[]"), port_of(url)), DEADLINE)

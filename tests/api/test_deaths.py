@@ -1,0 +1,75 @@
+"""What a server wrote, and how its death is told when nobody waits for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import portexec
+from portexec.api import driver
+from tests.support import DEADLINE, wait_for
+from tests.support.proc import state, words_of
+from tests.support.serving import (
+    LIGHT,
+    ask,
+    greeting,
+    hook,
+    tell,
+)
+
+
+def test_the_output_is_bounded_and_never_in_the_way() -> None:
+    with portexec.serve(LIGHT) as server:
+        assert ask(server, "write/1000000") == greeting(server)
+        wait_for(lambda: server.output.endswith("written\n"))
+        assert len(server.output.encode()) == driver.OUTPUT_LIMIT
+        assert server.output == (("x" * 99 + "\n") * 700 + "written\n")[-driver.OUTPUT_LIMIT :]
+    assert server.output.endswith("written\n")
+
+
+def test_a_death_that_nobody_waits_for_is_told_with_the_last_words() -> None:
+    with portexec.serve(LIGHT) as server:
+        assert server.died() is None
+        tell(server, "burst/1000000")
+        death = server.died(patience=DEADLINE)
+        assert death is not None
+        assert (death.returncode, death.output) == (7, server.output)
+        assert "exit status 7" in death.message
+        assert death.output.splitlines()[-1] == "written"
+
+
+def test_a_death_just_before_the_stop_is_told_after_it() -> None:
+    for _ in range(10):
+        with portexec.serve(LIGHT) as server:
+            os.kill(server.pid, signal.SIGKILL)
+            wait_for(lambda pid=server.pid: not words_of(pid))  # type: ignore[misc]
+        death = server.died()
+        assert death is not None
+        assert death.returncode == -signal.SIGKILL
+    with portexec.serve(LIGHT) as server:
+        pass
+    assert server.died() is None
+
+
+LEFT_BY_MAIN = """
+import ctypes, signal, threading
+threading.Thread(target=signal.pause).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_server_whose_main_thread_has_ended_is_alive() -> None:
+    with portexec.serve([sys.executable, "-c", LEFT_BY_MAIN], ready="none") as server:
+        wait_for(lambda: state(server.pid) == "Z")
+        assert server.died() is None
+    assert server.returncode == -signal.SIGTERM
+    assert server.died() is None
+
+
+def test_a_server_that_was_stopped_by_somebody_else_has_died() -> None:
+    with portexec.serve(LIGHT) as server:
+        os.kill(hook(server), signal.SIGTERM)
+        death = server.died(DEADLINE)
+        assert death is not None
+        assert death.returncode == -signal.SIGTERM

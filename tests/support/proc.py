@@ -1,0 +1,117 @@
+"""Read /proc: what a process is, what it has open, who its children are."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp
+
+
+def descriptors_of(pid: int | str = "self") -> dict[int, str]:
+    """The open descriptors of a process and what each of them is."""
+    directory = Path(f"/proc/{pid}/fd")
+    found = {}
+    for entry in directory.iterdir():
+        try:
+            found[int(entry.name)] = os.readlink(entry)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def status_of(pid: int | str) -> dict[str, str]:
+    """The fields of /proc/PID/status."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def state(pid: int) -> str:
+    """The letter of its state, as in ps(1)."""
+    return status_of(pid)["State"][0]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether it has ended, waited for or not."""
+    try:
+        return state(pid) in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal was sent to the process that has not reached it yet."""
+    return bool(int(status_of(pid)["ShdPnd"], 16) >> (number - 1) & 1)
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of its first thread."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def words_of(pid: int) -> str:
+    """Its command line; empty when the process has ended, waited for or not."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def processes_with(variable: str) -> set[int]:
+    """The living processes that have this `NAME=VALUE` in the environment they were started with, but for this one."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.add(int(entry.name))
+        except OSError:  # ended, or not ours to look at
+            continue
+    return found - {os.getpid()}
+
+
+def members(session: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The second field is the program's name in parentheses, in which anything may stand.
+            state, _parent, _group, its_session = status.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its_session) == session and state != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+def is_session_gone(session: int) -> bool:
+    """Whether nothing of the session runs any more; says what does, if it is asked for the last time."""
+    left = {pid: words_of(pid) for pid in members(session)}
+    assert not left, f"left running: {left}"
+    return True
+
+
+def listening_numbers(session: int) -> set[int]:
+    """The TCP numbers on which the processes of a session listen."""
+    theirs = {link for pid in members(session) for link in _links(pid)}
+    rows = [row.split() for table in ("tcp", "tcp6") for row in _table_rows(table)]
+    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == LISTENING and f"socket:[{row[9]}]" in theirs}
+
+
+def _links(pid: int) -> list[str]:
+    """What the descriptors of a process are; none if it is gone."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").glob("*"):
+        try:
+            found.append(os.readlink(entry))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def _table_rows(table: str) -> list[str]:
+    """The sockets in one of the kernel's tables; there is none where there is no IPv6."""
+    try:
+        return Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    except FileNotFoundError:
+        return []

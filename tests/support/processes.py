@@ -1,0 +1,113 @@
+"""Start portexec and other real programs, in whatever surroundings, and talk to them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.support.waiting import DEADLINE
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHILDREN = ROOT / "tests" / "children"
+PORTEXEC = [sys.executable, "-m", "portexec"]
+STRANGER = 65534  # nobody: the other user of the tests
+# A rule for `refusing`: no netlink. 16 is AF_NETLINK, and has no bit in common with the other families.
+NO_SOCK_DIAG = ["socket", errno.EAFNOSUPPORT, 0, 16]
+ANNOUNCED = re.compile(r"^portexec: (?:([\w-]+) )?((?:http|udp|unix):\S+)$")
+
+
+def child(name: str) -> list[str]:
+    """The words that run one of the programs in tests/children with this Python.
+
+    Without `site`: none of them needs an installed package, and a run of all tests starts thousands of them.
+    """
+    return [sys.executable, "-S", str(CHILDREN / f"{name}.py")]
+
+
+def refusing(*rules: Sequence[object]) -> list[str]:
+    """The words that put a seccomp filter with these rules around a command; see tests/children/refuse.py."""
+    return [*child("refuse"), json.dumps(rules)]
+
+
+def run(*words: str, prefix: Sequence[str] = (), input: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run portexec with these words to its end, below the program that `prefix` names."""
+    return subprocess.run(
+        [*prefix, *PORTEXEC, *words], input=input, capture_output=True, text=True, timeout=DEADLINE, check=False, **options
+    )
+
+
+class Running:
+    """A portexec that was started, with its stderr read line by line."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+
+    def line(self, pattern: str) -> re.Match[str]:
+        """Read stderr up to a line that matches."""
+        assert self.process.stderr is not None
+        for text in self.process.stderr:
+            self.lines.append(text.rstrip("\n"))
+            found = re.search(pattern, self.lines[-1])
+            if found:
+                return found
+        raise AssertionError(f"no line like {pattern!r} before the end of stderr:\n" + "\n".join(self.lines))
+
+    def url(self) -> str:
+        """The address that is announced next."""
+        return self.line(ANNOUNCED.pattern).group(2)
+
+    def stop(self) -> int:
+        """TERM to the process, KILL to its group if need be, and its status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(DEADLINE)
+        finally:
+            kill_group(self.process.pid)
+        self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode
+
+
+def kill_group(pid: int) -> None:
+    """Kill what is left of a process group that a test made."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@contextmanager
+def running(*words: str, prefix: Sequence[str] = (), **options: Any) -> Iterator[Running]:
+    """Run portexec with these words, in a process group of its own, for as long as the block lasts."""
+    options.setdefault("stdin", subprocess.DEVNULL)
+    options.setdefault("stdout", subprocess.PIPE)
+    options.setdefault("stderr", subprocess.PIPE)
+    process = subprocess.Popen([*prefix, *PORTEXEC, *words], text=True, start_new_session=True, **options)
+    started = Running(process)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    """The next line of a process's stdout; empty at its end."""
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip("\n")
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    """Give a process a line on its stdin."""
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
