@@ -767,6 +767,19 @@ def test_calls_come_in_order_of_time_and_then_of_call(log: list[object]) -> None
     assert log == [*"abcd", 0, 1, 2]
 
 
+def test_the_time_of_a_call_begins_when_it_is_asked_for(log: list[object]) -> None:
+    async def main() -> None:
+        after(0.001, lambda: log.append("asked for before"))
+        begin = time.monotonic()
+        while time.monotonic() < begin + 0.002:
+            pass  # as in a fork, which takes some time
+        after(0, lambda: log.append("asked for afterwards"))
+        await sleep(0)
+
+    run(main())
+    assert log == ["asked for before", "asked for afterwards"]
+
+
 def test_thousands_of_timers_in_order_of_time(log: list[object]) -> None:
     count = 5003  # a prime, so that all multiples of another number are different below it
     hours = [1 + number * 1009 % count for number in range(count)]
@@ -889,6 +902,14 @@ def test_a_descriptor_is_closed_by_another_task(pipe: Pipe, log: list[object]) -
 
     run(main())
     assert log == ["told", "slept"]
+
+
+@pytest.mark.parametrize("wait", [readable, writable])
+def test_a_socket_that_was_closed_before(wait: Callable[[socket.socket], Coro]) -> None:
+    near, far = socket.socketpair()
+    near.close()
+    with far, pytest.raises(OSError, match="Bad file descriptor"):
+        run(first(wait(near), within=0))
 
 
 def test_a_number_that_becomes_another_file(pipe: Pipe) -> None:

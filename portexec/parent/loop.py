@@ -24,6 +24,8 @@ How it behaves:
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import time
 from heapq import heapify, heappop, heappush
@@ -159,8 +161,10 @@ def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
 def after(seconds: float, call: Callable[[], object]) -> Task:
     """Call a function in so many seconds, unless the run ends before."""
 
+    deadline = time.monotonic() + seconds  # from now on, not from when the task comes to run
+
     async def wait_and_call() -> None:
-        await sleep(seconds)
+        await _Wait(deadline=deadline)
         call()
 
     return spawn(wait_and_call())
@@ -344,4 +348,7 @@ def _current() -> _Loop:
 
 
 def _number(file: int | HasFileno) -> int:
-    return file if isinstance(file, int) else file.fileno()
+    descriptor = file if isinstance(file, int) else file.fileno()
+    if descriptor < 0:  # poll(2) would ignore it, and the task wait forever
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return descriptor
