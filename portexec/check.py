@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from portexec.binding import listeners as sockets
 from portexec.binding.guard import has_ipv6
+from portexec.binding.listeners import LINUX, Bound, bind_all
 from portexec.binding.spec import DEFAULT, parse_listen
-from portexec.command import plan as handoff
+from portexec.command.plan import GUARD, HOLD, Plan
 from portexec.errors import PortexecError, RefusedError, reason
 
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
@@ -28,8 +28,8 @@ def findings() -> dict[str, str]:
         "no-new-privileges": _no_new_privileges(),
         "hand-off fd": "available",
         "hand-off guard": guard,
-        "hand-off hold": "available" if sockets.LINUX else "not available: it is Linux' SO_REUSEADDR that makes it possible",
-        "auto": f"fd when the command names the descriptor, else {handoff.GUARD if usable else handoff.HOLD}",
+        "hand-off hold": "available" if LINUX else "not available: it is Linux' SO_REUSEADDR that makes it possible",
+        "auto": f"fd when the command names the descriptor, else {GUARD if usable else HOLD}",
     }
 
 
@@ -46,7 +46,7 @@ def report_json() -> str:
 
 
 def _seccomp() -> str:
-    if not sockets.LINUX:
+    if not LINUX:
         return "no: this is not Linux"
     from portexec.admission import seccomp
 
@@ -87,18 +87,31 @@ def _no_new_privileges() -> str:
 
 def _guard() -> str:
     """Rehearse for real: a guard, a child, a filter, and a bind that is admitted."""
-    if not sockets.LINUX:
+    if not LINUX:
         return "not available: it needs Linux' seccomp"
-    from portexec.parent.admit import start
-
-    bound = sockets.bind_all(parse_listen([DEFAULT]), listening=False)
+    bound = bind_all(parse_listen([DEFAULT]), listening=False)
     try:
-        supervised = start(handoff.Plan(sys.executable, [sys.executable], {}), bound.guards, {})
+        return _GATED if _rehearse(bound) else _PROXIED
     except RefusedError as refusal:
         return f"not available: {refusal}"
     except OSError as error:
         raise PortexecError(f"cannot rehearse: {reason(error)}") from error
     finally:
         bound.close()
-    supervised.cancel()
-    return _GATED if supervised.was_gated else _PROXIED
+
+
+def _rehearse(bound: Bound) -> bool:
+    """Fork a child that rehearses with us, and end it. Whether its bind had to be gated. Raises RefusedError, OSError."""
+    from portexec.parent import loop
+    from portexec.parent.child import fork_child, rehearse
+    from portexec.parent.signals import Inbox
+
+    inbox = Inbox()
+    try:
+        child = fork_child(Plan(sys.executable, [sys.executable], {}), inbox, next(iter(bound.guards)))
+        loop.run(rehearse(child, bound.guards, {}))
+        child.end()
+    finally:
+        inbox.restore()
+        inbox.close()
+    return child.admission is not None and child.admission.was_gated

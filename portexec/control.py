@@ -5,7 +5,7 @@
                           {"event": "ready", "pid": ..., "listeners": [...]}          where it really listens
                           {"event": "ended", "status": ..., "by_itself": ...}         the command; as waitpid(2) gives it, and
                                                                                       whether nobody had told it to
-                          {"event": "error", "kind": ..., "message": ..., "hint": ...}
+                          {"event": "error", "kind": ..., "message": ..., "hint": ..., "about": ...}   the option
     program -> portexec   {"do": "restart"}                                           stop the tree, start it anew
                           {"do": "stop"}                                              so does the end of the socket
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 
-from portexec.errors import PortexecError
+from portexec.errors import PortexecError, UsageError
 
 RESTART = "restart"
 STOP = "stop"
@@ -39,8 +39,10 @@ def tell(fd: int, event: str, **fields: object) -> None:
 
 
 def tell_error(fd: int, error: PortexecError) -> None:
-    """Send an error, by the name of its class."""
-    tell(fd, "error", kind=type(error).__name__, message=error.message, hint=error.hint)
+    """Send an error, by the name of its class. A usage error names its option apart from the rest of its message."""
+    about = error.about if isinstance(error, UsageError) else ""
+    message = error.what if isinstance(error, UsageError) else error.message
+    tell(fd, "error", kind=type(error).__name__, message=message, hint=error.hint, about=about)
 
 
 def words(fd: int) -> list[str]:

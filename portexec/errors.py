@@ -1,5 +1,19 @@
 """What can go wrong, and the exit statuses that say so.
 
+    PortexecError                   an expected failure; status 125 unless it is said below
+        UsageError                  what was asked for cannot be meant
+            UnknownHandOff
+            UnknownReady
+            CommandNotAList
+        ListenError                 a listener, or its number, cannot be had
+        CannotExecute      126
+        CommandNotFound    127
+        NotReady           124
+        Exited                      the command ended by itself
+        NotRunning                  there is no server any more
+        AlreadyEntered
+    RefusedError                    inside portexec: this machine does not let us admit binds
+
 The statuses are those of coreutils' `timeout` and `env`: 124 when the time ran out, 125 when the wrapper itself failed, 126
 when the command was found but cannot be executed, 127 when it was not found.
 """
@@ -35,7 +49,15 @@ class PortexecError(Exception):
 
 
 class UsageError(PortexecError):
-    """What was asked for cannot be meant: an option, a listen spec, a template, or an argument of the Python API."""
+    """What was asked for cannot be meant: an option, a listen spec, a template, or an argument of the Python API.
+
+    `about` is the option that the error is about, as `--ready`, or empty. `what` is the message without it.
+    """
+
+    def __init__(self, what: str, hint: str = "", *, about: str = "", output: str = "") -> None:
+        super().__init__(f"{about} {what}" if about else what, hint, output=output)
+        self.what = what
+        self.about = about
 
 
 class UnknownHandOff(UsageError):

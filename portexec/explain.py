@@ -7,11 +7,10 @@ from portexec.command.publish import described
 from portexec.launch import Launch
 
 
-def verbose(launch: Launch) -> str:
+def verbose(launch: Launch) -> list[str]:
     """The lines that `-v` adds: the hand-off and the reason for it, and what is guarded."""
-    lines = [f"portexec: hand-off {launch.choice.hand_off}: {launch.choice.why}\n"]
-    lines += [f"portexec: guarding port {port} on every address\n" for port in launch.bound.guards]
-    return "".join(lines)
+    lines = [f"hand-off {launch.choice.hand_off}: {launch.choice.why}"]
+    return lines + [f"guarding port {port} on every address" for port in launch.bound.guards]
 
 
 def plan_text(launch: Launch) -> str:

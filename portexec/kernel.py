@@ -1,84 +1,116 @@
-"""Calls into the C library that Python does not offer: prctl(2), signalfd(2), syscall(2), and bind and listen with raw values.
+"""The kernel's numbers that several modules need, and calls into the C library that Python does not offer.
 
-By way of `_ctypes`, the core of ctypes: the package around it takes longer to import than everything else that happens before
-the command starts. Every function raises OSError.
+The calls go by way of `_ctypes`, the core of ctypes: the package around it takes longer to import than everything else that
+happens before the command starts. It is loaded at the first call, since a command that is merely executed needs none.
 """
 
 from __future__ import annotations
 
-import _ctypes
+import _signal
 import os
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)  # that people and programs end us with
+
+# prctl(2)
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
 
 _SIGSET_SIZE = 128  # sigset_t of the C libraries; the signals are in its first 64 bits
 
-
-class _Int(_ctypes._SimpleCData):  # type: ignore[type-arg]
-    _type_ = "i"
-
-
-class _Long(_ctypes._SimpleCData):  # type: ignore[type-arg]
-    _type_ = "l"
-
-
-class _Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]
-    _type_ = "B"
-
-
-class _Function(_ctypes.CFuncPtr):
-    """A function that returns an int, negative with errno set for a failure."""
-
-    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
-    _restype_ = _Int
-
-
-_LIBRARY = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # the program itself, dlopen(3)
-_bind = _Function(_ctypes.dlsym(_LIBRARY, "bind"))
-_listen = _Function(_ctypes.dlsym(_LIBRARY, "listen"))
-_prctl = _Function(_ctypes.dlsym(_LIBRARY, "prctl"))
-_signalfd = _Function(_ctypes.dlsym(_LIBRARY, "signalfd"))
-_syscall = _Function(_ctypes.dlsym(_LIBRARY, "syscall"))
+_functions: dict[str, Callable[..., int]] = {}
 
 
 def syscall(number: int, *arguments: int | bytes) -> int:
-    """Make a system call. Numbers are as wide as a register, as varargs leave rubbish in the upper halves of narrower ones."""
-    return _check(_syscall(_Long(number), *(a if isinstance(a, bytes) else _Long(a) for a in arguments)))
+    """Make a system call; the result. Raises OSError.
+
+    Numbers are as wide as a register, as varargs leave rubbish in the upper halves of narrower ones.
+    """
+    return _call("syscall", number, *arguments)
 
 
 def prctl(option: int, value: int) -> None:
-    """Set one attribute of this process."""
-    _check(_prctl(option, _Long(value), _Long(0), _Long(0), _Long(0)))
+    """Set one attribute of this process. Raises OSError."""
+    _call("prctl", option, value, 0, 0, 0)
 
 
 def signalfd(numbers: Iterable[int]) -> int:
-    """A descriptor, close-on-exec and non-blocking, from which these signals can be read."""
+    """A descriptor, close-on-exec and non-blocking, from which these signals can be read. Raises OSError."""
     signal_set = sum(1 << number - 1 for number in numbers).to_bytes(8, sys.byteorder).ljust(_SIGSET_SIZE, b"\0")
-    return _check(_signalfd(-1, signal_set, os.O_CLOEXEC | os.O_NONBLOCK))
+    return _call("signalfd", -1, signal_set, os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def bind(fd: int, address: bytes) -> None:
-    """bind(2) with the bytes as they are."""
-    _check(_bind(fd, address, len(address)))
+    """bind(2) with the bytes as they are. Raises OSError."""
+    _call("bind", fd, address, len(address))
 
 
 def listen(fd: int, backlog: int) -> None:
-    """listen(2) with the backlog as it is, negative ones too."""
-    _check(_listen(fd, backlog))
+    """listen(2) with the backlog as it is, negative ones too. Raises OSError."""
+    _call("listen", fd, backlog)
 
 
 def pointer_to(data: bytes) -> tuple[object, int]:
     """A copy of the bytes in memory that stays where it is for as long as the first value lives, and its address."""
-    buffer_type = type("_Buffer", (_ctypes.Array,), {"_type_": _Byte, "_length_": len(data)})
+    import _ctypes
+
+    byte = type("_Byte", (_ctypes._SimpleCData,), {"_type_": "B"})
+    buffer_type = type("_Buffer", (_ctypes.Array,), {"_type_": byte, "_length_": len(data)})
     buffer = buffer_type(*data)
     return buffer, _ctypes.addressof(buffer)
 
 
-def _check(result: int) -> int:
-    if result < 0:
-        code = _ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
+def die_by(number: int) -> None:
+    """End by this signal, without a second core file. Returns where that is impossible, as for PID 1."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    try:
+        _signal.signal(number, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [number])
+    except (OSError, ValueError):
+        pass  # KILL, and those that the C library keeps for itself
+    os.kill(os.getpid(), number)
+
+
+def _call(name: str, *arguments: int | bytes) -> int:
+    if not _functions:
+        _load()
+    return _functions[name](*arguments)
+
+
+def _load() -> None:
+    import _ctypes
+
+    class Int(_ctypes._SimpleCData):  # type: ignore[type-arg]
+        _type_ = "i"
+
+    class Long(_ctypes._SimpleCData):  # type: ignore[type-arg]
+        _type_ = "l"
+
+    class Function(_ctypes.CFuncPtr):
+        """A function that returns an int, negative with errno set for a failure."""
+
+        _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+        _restype_ = Int
+
+    library = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # the program itself, dlopen(3)
+
+    def checked(function: Function) -> Callable[..., int]:
+        def call(*arguments: int | bytes) -> int:
+            result: int = function(*(a if isinstance(a, bytes) else Long(a) for a in arguments))
+            if result < 0:
+                code = _ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            return result
+
+        return call
+
+    for name in ("syscall", "prctl", "signalfd", "bind", "listen"):
+        _functions[name] = checked(Function(_ctypes.dlsym(library, name)))

@@ -10,7 +10,7 @@ Python 3.13).
 from __future__ import annotations
 
 from portexec.binding import spec
-from portexec.command import plan as handoff
+from portexec.command.plan import AUTO, HAND_OFFS
 from portexec.errors import UsageError
 
 TYPE_CHECKING = False
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LIFETIME = "Lifetime"
-_KILL_AFTER = "5s"
 USAGE = "portexec [OPTION]... [--] COMMAND [ARG]..."
 
 
@@ -47,7 +46,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     (
         "Hand-off",
         (
-            Option("-H", "--hand-off", "|".join(handoff.HAND_OFFS), "how the command gets the port; default auto"),
+            Option("-H", "--hand-off", "|".join(HAND_OFFS), "how the command gets the port; default auto"),
             Option("", "--remap", "PORT[=NAME]", "a bind to this fixed port gets the listener's instead", repeatable=True),
             Option("", "--first-fd", "N", "the first descriptor; default 3, 0 is standard input"),
             Option("", "--no-pid", "", "leave LISTEN_PID out, for readers behind make or uv run"),
@@ -131,7 +130,7 @@ class Options:
     def __init__(self) -> None:
         self.listen: list[str] = []
         self.backlog: str = "0"
-        self.hand_off: str = handoff.AUTO
+        self.hand_off: str = AUTO
         self.first_fd: str | None = None
         self.no_pid = False
         self.remap: list[str] = []
@@ -218,27 +217,6 @@ def _store(options: Options, option: Option, value: str | None) -> None:
         getattr(options, option.field).append(value)
     else:
         setattr(options, option.field, value)
-
-
-def number(text: str, option: str, lowest: int, highest: int) -> int:
-    """The value of a numeric option. Raises UsageError when it is none or out of range."""
-    if text.isascii() and text.isdigit() and len(text) < 12 and lowest <= int(text) <= highest:
-        return int(text)
-    raise UsageError(f"{option} {text!r} is not a number from {lowest} to {highest}", f"write a number, or leave {option} out")
-
-
-def duration(text: str, option: str) -> float:
-    """The seconds in `5s`, `500ms`, `2m`, `1.5` (seconds). Raises UsageError when it is no duration."""
-    for unit, seconds in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("", 1.0)):
-        amount = text.removesuffix(unit)
-        if text.endswith(unit) and amount.isascii() and amount.replace(".", "", 1).isdigit():
-            return float(amount) * seconds
-    raise UsageError(f"{option} {text!r} is no duration", "write a number and a unit: 500ms, 5s, 2m")
-
-
-def kill_after(options: Options) -> float:
-    """The seconds from TERM to KILL."""
-    return duration(_KILL_AFTER if options.kill_after is None else options.kill_after, "--kill-after")
 
 
 def help_text() -> str:

@@ -43,60 +43,67 @@ FORBIDDEN_ON_THE_EXEC_PATH = {
 TABLE = """
 __init__: api.driver api.listen api.serve errors
 __main__: cli
-admission.answer: admission.seccomp binding.guard binding.listeners binding.tables kernel
-admission.diagnosis: admission.answer command.publish
+admission.answer: admission.gates admission.own admission.seccomp binding.guard binding.tables kernel parent.loop
+admission.diagnosis: admission.answer parent.loop say
+admission.gates: admission.seccomp binding.guard binding.tables
+admission.own: admission.seccomp binding.guard binding.tables
 admission.privileges:
 admission.seccomp: kernel
 api.driver: control errors
 api.listen: binding.listeners binding.spec errors
 api.pytest_entry:
-api.pytest_plugin: api.serve errors parent.tree
+api.pytest_plugin: api.serve errors procfs
 api.serve: api.driver errors
 binding.guard:
-binding.listeners: binding.guard binding.refusals binding.spec binding.unix errors
+binding.listeners: binding.guard binding.refusals binding.spec binding.unix command.undo errors
 binding.refusals: binding.spec binding.tables errors
 binding.spec: errors
 binding.tables:
-binding.unix: errors
-check: admission.seccomp binding.guard binding.listeners binding.spec command.plan errors parent.admit
-cli: __init__ admission.diagnosis admission.privileges binding.unix check command.execute command.plan command.publish control
-    errors explain launch lifetime.stay options parent.admit parent.shim parent.supervisor request
+binding.unix: command.undo errors kernel
+check: admission.seccomp binding.guard binding.listeners binding.spec command.plan errors parent.child parent.loop
+    parent.signals
+cli: __init__ check command.undo control errors explain kernel launch options request say start
 command.activation:
 command.environment: errors
 command.execute: command.activation command.plan errors
 command.plan: binding.listeners binding.spec command.activation command.templates errors
-command.publish: binding.listeners errors
+command.publish: binding.listeners command.undo errors kernel
 command.templates: binding.spec errors
+command.undo:
 control: errors
 errors:
 explain: command.activation command.publish launch
 kernel:
-launch: binding.listeners binding.spec command.activation command.environment command.execute command.plan command.templates
-    errors options request
-lifetime.events: command.publish control launch
-lifetime.notify: binding.unix errors
-lifetime.pool: command.plan lifetime.start parent.shim parent.signals parent.tree
-lifetime.probe: binding.listeners binding.tables binding.unix
-lifetime.progress: command.publish
-lifetime.readiness: binding.listeners binding.tables lifetime.probe lifetime.start parent.tree request
-lifetime.run: control errors launch lifetime.events lifetime.notify lifetime.pool lifetime.server lifetime.start parent.shim
-    parent.signals parent.tree request
-lifetime.server: command.plan errors launch lifetime.events lifetime.pool lifetime.progress lifetime.readiness lifetime.start
-    parent.shim parent.signals request
-lifetime.start: errors parent.shim parent.tree
-lifetime.stay: admission.seccomp command.plan command.publish kernel launch lifetime.events lifetime.notify lifetime.pool
-    lifetime.run parent.shim parent.signals parent.tree request
+launch: binding.listeners command.activation command.environment command.execute command.plan command.templates command.undo
+    errors request
+lifetime.backoff: request
+lifetime.events: binding.listeners command.publish control kernel launch parent.loop say
+lifetime.notify: binding.unix command.undo errors
+lifetime.probe: binding.listeners binding.tables binding.unix parent.loop
+lifetime.readiness: binding.listeners binding.tables lifetime.probe lifetime.start parent.loop procfs request
+lifetime.replacement: errors lifetime.events lifetime.start parent.loop
+lifetime.run: command.plan control errors launch lifetime.events lifetime.notify lifetime.server lifetime.start parent.loop
+    parent.shim parent.signals parent.tree parent.witness request
+lifetime.server: command.plan errors launch lifetime.backoff lifetime.events lifetime.readiness lifetime.replacement
+    lifetime.start parent.loop procfs request
+lifetime.start: command.undo errors parent.child parent.link parent.loop parent.shim parent.signals parent.supervisor
+    parent.witness
 options: binding.spec command.plan errors
-parent.admit: binding.guard command.plan parent.signals parent.spawn parent.supervisor
-parent.child: admission.seccomp binding.guard command.execute command.plan errors kernel parent.signals
-parent.shim: admission.diagnosis binding.guard command.plan errors parent.admit parent.signals parent.spawn parent.supervisor
-    parent.tree
+parent.child: admission.answer admission.seccomp binding.guard command.execute command.plan errors kernel parent.link
+    parent.loop parent.signals
+parent.link: command.execute
+parent.loop:
+parent.shim: command.undo errors kernel parent.child parent.link parent.loop parent.signals parent.supervisor
 parent.signals: kernel
-parent.spawn: admission.seccomp command.execute command.plan kernel parent.child parent.signals parent.tree
-parent.supervisor: admission.answer admission.diagnosis binding.guard errors parent.child parent.signals parent.spawn
-    parent.tree
-parent.tree: parent.signals
-request: binding.spec command.plan errors options
+parent.supervisor: admission.diagnosis binding.guard command.plan kernel parent.child parent.link parent.loop parent.signals
+    parent.tree parent.witness procfs
+parent.tree: parent.loop parent.signals procfs
+parent.witness: kernel parent.loop
+procfs:
+request: binding.listeners binding.spec command.activation command.environment command.plan errors options
+say: errors kernel
+start: admission.privileges command.execute command.plan command.publish control errors explain kernel launch lifetime.events
+    lifetime.notify lifetime.run lifetime.start parent.loop parent.shim parent.signals parent.supervisor procfs request say
 """
 ALLOWED = {
     words[0].rstrip(":"): set(words[1:]) for words in (row.split() for row in TABLE.replace("\n    ", " ").strip().splitlines())

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from portexec import options
+from portexec import options, request
 from portexec.errors import PortexecError
-from portexec.launch import Request
+from portexec.request import Request
 
 DEFAULTS = vars(options.Options())
 ALL = [option for _, group in options.GROUPS for option in group]
@@ -124,13 +124,13 @@ def test_help_fits_a_terminal() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("7", 7), ("007", 7), ("10", 10)])
 def test_number(text: str, value: int) -> None:
-    assert options.number(text, "--x", 0, 10) == value
+    assert request.number(text, "--x", 0, 10) == value
 
 
 @pytest.mark.parametrize("text", ["", "-1", "11", "1.0", " 1", "1 ", "+1", "1_0", "0x1", "\u0661", "9" * 5000])
 def test_number_refused(text: str) -> None:
     with pytest.raises(PortexecError) as caught:
-        options.number(text, "--x", 0, 10)
+        request.number(text, "--x", 0, 10)
     assert caught.value.message == f"--x {text!r} is not a number from 0 to 10"
 
 
@@ -142,13 +142,13 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
     ("text", "seconds"), [("5", 5), ("5s", 5), ("500ms", 0.5), ("2m", 120), ("1h", 3600), ("1.5", 1.5), ("0.5s", 0.5), ("0", 0)]
 )
 def test_duration(text: str, seconds: float) -> None:
-    assert options.duration(text, "--x") == seconds
+    assert request.duration(text, "--x") == seconds
 
 
 @pytest.mark.parametrize("text", ["", "s", "ms", ".", "-1", "1d", "5 s", "5S", "1e3", "inf", "nan", "1.2.3", "\u0661"])
 def test_duration_refused(text: str) -> None:
     with pytest.raises(PortexecError) as caught:
-        options.duration(text, "--x")
+        request.duration(text, "--x")
     assert (caught.value.message, caught.value.hint) == (
         f"--x {text!r} is no duration",
         "write a number and a unit: 500ms, 5s, 2m",

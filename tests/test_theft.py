@@ -323,9 +323,10 @@ def flip_once(guard: guards.Guard) -> None:
     ipv6 = [(socket.AF_INET6, "::1"), (socket.AF_INET6, "::")] * has_ipv6()
     for family, host in [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), *ipv6]:
         with socket.socket(family) as listener:
-            with guards.Flip(guard, listener):
+            with guards.Flip(guard, listener, host):
                 listener.bind((host, guard.port))
-            guards.listen_past(guard, listener, listener.listen)
+            with guards.Flip(guard, listener, host):
+                listener.listen()
 
 
 # A server after the other on each address of its words, every second round with SO_REUSEADDR, until it is told to stop.

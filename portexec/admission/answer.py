@@ -1,11 +1,10 @@
 """Answers the notifications: each bind(2) and listen(2) below the command comes here before the kernel acts on it.
 
 A TCP socket that goes for a number of ours is *proxied*: we take a duplicate of the command's own socket (pidfd_getfd(2)), make
-the call on it beside the guard, by the flip of `sockets`, and answer with the result. Binding is a property of the socket and
-not of the process, so options, dup'ed descriptors, epoll registrations, IPV6_V6ONLY and workers behave as ever.
-Where a duplicate or the caller's memory is refused (a container's profile, Yama, a process that is not dumpable, another
-user's socket) it is *gated*: the guard takes SO_REUSEADDR from the command's bind until its listener shows, and the kernel
-goes on by itself.
+the call on it beside the guard, by the flip of `binding.guard`, and answer with the result. Binding is a property of the socket
+and not of the process, so options, dup'ed descriptors, epoll registrations, IPV6_V6ONLY and workers behave as ever.
+Where we get no duplicate (a container's profile, Yama, a process that is not dumpable, another user's socket, a thread with
+descriptors of its own before Linux 6.9) it is *gated*: see `gates`.
 Whatever is not ours goes on in the kernel untouched, and so does everything about which we fail to find out: an exception
 here never makes a bind fail.
 """
@@ -15,28 +14,32 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+import select
 import sys
-import time
 
 from portexec import kernel
-from portexec.admission import seccomp
+from portexec.admission import gates, seccomp
+from portexec.admission.own import Others, Own
 from portexec.binding import tables
-from portexec.binding.guard import IPPROTO_MPTCP, Flip, Guard, can_flip, listen_past
-from portexec.binding.listeners import covers
+from portexec.binding.guard import IPPROTO_MPTCP, Flip, Guard, can_flip, host_of
+from portexec.parent.loop import first, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
 CONTINUE: int | None = None  # the answer that lets the kernel go on; any other is an errno, 0 for success
 
 _SO_COOKIE = 57
 _SO_NETNS_COOKIE = 71  # Linux 5.14
 _MAX_SOCKADDR = 128  # struct sockaddr_storage; the kernel refuses longer ones
+_LENGTHS = (16, 28, _MAX_SOCKADDR)  # of what programs give for a TCP socket: struct sockaddr_in, _in6, _storage
 _FAMILIES = (_socket.AF_UNSPEC, _socket.AF_INET, _socket.AF_INET6)  # bind(2) takes 0 for AF_INET, for old programs
-_REFUSED = (errno.EPERM, errno.EACCES)
-_GATE_TIME = 1.0  # seconds from bind(2) or listen(2) until the listener must have shown
-_GATE_POLL = 0.002  # seconds between two looks for it
+_MAX_UNHEARD = 64
+
+# What keeps the caller's memory or its socket from us: a rule (EPERM, EACCES), /proc that hides a process (ENOENT), a profile
+# (ENOSYS), or a thread with descriptors of its own (ESRCH).
+_REFUSED = (errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENOSYS, errno.ESRCH)
 
 
 class Observer:
@@ -51,12 +54,15 @@ class Observer:
     def in_the_way(self, port: int, owner: str) -> None:
         """Somebody else's listener is on a number of ours; the command got EADDRINUSE."""
 
+    def not_clean(self, port: int) -> None:
+        """Until the next scrub or wash, a process of the command's user with SO_REUSEPORT can share this number."""
+
 
 class Admission:
-    """The state of one command's admission: which numbers are ours, who listens on them, which gates are open.
+    """The state of one command's admission: which numbers are ours, whose sockets are on them, which gates are open.
 
-    The caller owns `notify_fd` and the guards, and calls `serve` when the former is readable and `look_at_gates` after
-    `patience`.
+    The caller owns `notify_fd` and the guards, and lets `answer` run. `was_gated`: something had to be so far, and `why_gated`
+    says why.
     """
 
     def __init__(self, notify_fd: int, guards: Mapping[int, Guard], remap: Mapping[int, int], observer: Observer) -> None:
@@ -64,27 +70,38 @@ class Admission:
         self.guards = guards
         self.remap = remap
         self.observer = observer
-        self.was_gated = False  # whether anything had to be gated so far
-        self._admitted: dict[int, set[int]] = {port: set() for port in guards}  # inodes of the command's own listeners
-        self._sharing: dict[int, str] = {}  # those among them that have SO_REUSEPORT by themselves, and their addresses
-        self._gates: dict[int, tuple[float, set[int]]] = {}  # when each closes, and the listeners from before
-        self._unheard: set[tuple[int, bytes]] = set()  # binds that were made, but whose caller a signal had taken away
+        self.was_gated = False
+        self.why_gated = ""
+        self._own = {port: Own(port) for port in guards}
+        self._gates = gates.Gates()
+        self._poll = select.poll()
+        self._poll.register(notify_fd, select.POLLIN)
+        # Binds that were made, but whose caller a signal had taken away; a dict for its order.
+        self._unheard: dict[tuple[int, bytes], None] = {}
         # Before Linux 5.19 a signal can take it away after the answer, too, and the call comes again.
         self._is_heard_for_good = seccomp.has_flags(seccomp.FLAG_NEW_LISTENER | seccomp.FLAG_WAIT_KILLABLE_RECV)
+        seccomp.wake_at_once(notify_fd)
+        for guard in guards.values():
+            guard.is_tidy = False  # an earlier start, in another process, may have left something
 
-    def patience(self) -> float | None:
-        """Seconds until `look_at_gates` is due, None for never."""
-        return _GATE_POLL if self._gates else None
+    async def answer(self) -> None:
+        """Answer until nothing is left below the filter."""
+        while not self._found() & select.POLLHUP:
+            if self._gates:
+                await first(readable(self.notify_fd), within=gates.PAUSE)
+            else:
+                await readable(self.notify_fd)
+            self.serve()
+            self._look_behind(self._gates.close_left() if self._gates else ())
+        self.close_gates()
+        for guard in self.guards.values():
+            guard.tidy(guard.last_owner)
 
-    def descriptors(self) -> set[int]:
-        """All that is needed to go on answering."""
-        return {self.notify_fd, *(socket.fileno() for guard in self.guards.values() for socket in guard.sockets)}
-
-    def serve(self, is_readable: Callable[[], bool]) -> None:
+    def serve(self) -> None:
         """Answer all that is pending. What arrives meanwhile is received first: only then can no signal interrupt it."""
         pending: list[seccomp.Notification] = []
         while True:
-            while is_readable():
+            while self._found() & select.POLLIN:
                 notification = seccomp.receive(self.notify_fd)
                 if notification is not None:
                     pending.append(notification)
@@ -92,14 +109,25 @@ class Admission:
                 return
             self._handle(pending.pop(0))
 
+    def close_gates(self) -> None:
+        """Close them all, whoever waits."""
+        self._gates.close_all()
+
+    def _found(self) -> int:
+        return sum(event for _, event in self._poll.poll(0))
+
     def _handle(self, notification: seccomp.Notification) -> None:
         try:
+            if self._gates:
+                self._look_behind(self._gates.close_left(notification.thread))
             code, made = self._decide(notification)
         except Exception:
             code, made = CONTINUE, None
         heard = seccomp.answer(self.notify_fd, notification.id, code)
         if made is not None and not (heard and self._is_heard_for_good):
-            self._unheard.add(made)
+            self._unheard[made] = None
+            if len(self._unheard) > _MAX_UNHEARD:
+                del self._unheard[next(iter(self._unheard))]
 
     def _decide(self, notification: seccomp.Notification) -> tuple[int | None, tuple[int, bytes] | None]:
         """What to answer, and what was bound by that: the socket's cookie and the address."""
@@ -119,7 +147,7 @@ class Admission:
         try:
             address = _read_memory(notification.thread, pointer, length)
         except OSError as error:
-            return self._gate_if_refused(error, self.guards), None
+            return self._gate_unread(notification, fd, length, error), None
         asked = int.from_bytes(address[2:4], "big")
         port = self.remap.get(asked, asked)
         if int.from_bytes(address[:2], sys.byteorder) not in _FAMILIES or port not in self.guards:
@@ -127,52 +155,60 @@ class Admission:
         try:
             socket = _duplicate(notification, fd)
         except OSError as error:
-            return self._gate_if_refused(error, [port]), None
+            if asked != port:
+                return CONTINUE, None  # only on a duplicate could we bind another number
+            return self._gate(notification, fd, [port], _why("pidfd_getfd(2)", error)), None
         try:
-            return self._bind_socket(notification, socket, port, address[:2] + port.to_bytes(2, "big") + address[4:])
+            return self._bind_socket(notification, fd, socket, port, address[:2] + port.to_bytes(2, "big") + address[4:])
         finally:
             socket.close()
 
     def _bind_socket(
-        self, notification: seccomp.Notification, socket: _socket.socket, port: int, address: bytes
+        self, notification: seccomp.Notification, fd: int, socket: _socket.socket, port: int, address: bytes
     ) -> tuple[int | None, tuple[int, bytes] | None]:
         guard = self._guard_for(notification, socket, port)
         if guard is None:
             return CONTINUE, None
         made = (int.from_bytes(socket.getsockopt(_socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder), address)
         if made in self._unheard:
-            self._unheard.discard(made)
+            del self._unheard[made]
             return 0, made
         if _port_of(socket):
             return CONTINUE, None  # a second bind: the kernel's to refuse
         if not can_flip(guard, socket):
-            return self._open_gates([port]), None
+            return self._gate(notification, fd, [port], "the socket is another user's"), None
         code = self._bind_past(guard, socket, address)
+        if code == 0:
+            self._take_up(notification, fd, socket, port)
         return code, made if code == 0 else None
 
     def _bind_past(self, guard: Guard, socket: _socket.socket, address: bytes) -> int:
-        if self._shares_unasked(socket, guard.port, address):
+        host = _host_in(address, socket)
+        own = self._own[guard.port]
+        if own.joins(socket, host_of(socket, host), is_tidy=guard.is_tidy):
             return errno.EADDRINUSE
         try:
-            with Flip(guard, socket):
+            with Others(own, _inode(socket)) as others, Flip(guard, socket, host, others) as flip:
                 kernel.bind(socket.fileno(), address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                self._report_strangers(guard.port)
+                self._report_strangers(guard.port, own.strangers(tables.listeners_on(guard.port)))
             return error.errno or errno.EADDRINUSE
+        if not flip.is_clean:
+            self.observer.not_clean(guard.port)
         return 0
 
     def _listen(self, notification: seccomp.Notification, fd: int, backlog: int) -> int | None:
         try:
             socket = _duplicate(notification, fd)
         except OSError as error:
-            return self._gate_if_refused(error, self.guards)
+            return self._gate(notification, fd, self.guards, _why("pidfd_getfd(2)", error), is_bind=False)
         try:
-            return self._listen_socket(notification, socket, backlog)
+            return self._listen_socket(notification, fd, socket, backlog)
         finally:
             socket.close()
 
-    def _listen_socket(self, notification: seccomp.Notification, socket: _socket.socket, backlog: int) -> int | None:
+    def _listen_socket(self, notification: seccomp.Notification, fd: int, socket: _socket.socket, backlog: int) -> int | None:
         if not _is_tcp(socket) or socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN):
             return CONTINUE
         port = _port_of(socket)
@@ -181,27 +217,33 @@ class Admission:
         guard = self._guard_for(notification, socket, port)
         if guard is None:
             return CONTINUE
-        return self._listen_past(guard, socket, backlog) if can_flip(guard, socket) else self._open_gates([port])
+        if not can_flip(guard, socket):
+            return self._gate(notification, fd, [port], "the socket is another user's", is_bind=False)
+        code = self._listen_past(guard, socket, backlog)
+        if code == 0:
+            self._take_up(notification, fd, socket, port)
+            self.observer.listening(port, host_of(socket))
+        return code
 
     def _listen_past(self, guard: Guard, socket: _socket.socket, backlog: int) -> int:
+        own, inode = self._own[guard.port], _inode(socket)
         try:
-            listen_past(guard, socket, lambda: kernel.listen(socket.fileno(), backlog))
+            with Others(own, inode) as others, Flip(guard, socket, socket.getsockname()[0], others) as flip:
+                kernel.listen(socket.fileno(), backlog)
         except OSError as error:
-            if socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN):
-                socket.shutdown(_socket.SHUT_RDWR)
-            self._report_strangers(guard.port)
+            self._report_strangers(guard.port, own.strangers(tables.listeners_on(guard.port)))
             return error.errno or errno.EADDRINUSE
-        if self._report_strangers(guard.port, socket):
+        if self._report_strangers(guard.port, own.strangers(tables.listeners_on(guard.port), inode)):
             # Never two servers on one number in silence: take the listen back, which leaves the socket bound.
             socket.shutdown(_socket.SHUT_RDWR)
             return errno.EADDRINUSE
-        inode = os.fstat(socket.fileno()).st_ino
-        host = _host_of(socket.getsockname()[0], socket)
-        self._admitted[guard.port].add(inode)
-        if socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEPORT):
-            self._sharing[inode] = host
-        self.observer.listening(guard.port, host)
+        if not flip.is_clean:
+            self.observer.not_clean(guard.port)
         return 0
+
+    def _take_up(self, notification: seccomp.Notification, fd: int, socket: _socket.socket, port: int) -> None:
+        shares = bool(socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEPORT))
+        self._own[port].add(_inode(socket), notification.thread, fd, host_of(socket), shares=shares)
 
     def _guard_for(self, notification: seccomp.Notification, socket: _socket.socket, port: int) -> Guard | None:
         """The guard that a call is to get past; None when it is not about a number of ours, or its caller has gone."""
@@ -210,22 +252,8 @@ class Admission:
             return None
         return guard if seccomp.is_waiting(self.notify_fd, notification.id) else None
 
-    def _shares_unasked(self, socket: _socket.socket, port: int, address: bytes) -> bool:
-        """Whether the flip would let a socket without SO_REUSEPORT join a listener of the command that has it.
-
-        The kernel would refuse that without us, and afterwards they would share the clients in silence.
-        """
-        if not self._sharing or socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEPORT):
-            return False
-        at, length = (8, 16) if socket.family == _socket.AF_INET6 else (4, 4)
-        host = _host_of(_socket.inet_ntop(socket.family, address[at : at + length].ljust(length, b"\0")), socket)
-        alive = tables.listening_inodes(port)
-        return any(_overlap(host, other) for inode, other in self._sharing.items() if inode in alive)
-
-    def _report_strangers(self, port: int, socket: _socket.socket | None = None) -> bool:
-        """Whether somebody listens on the number who is neither `socket` nor a listener of the command; report them."""
-        own = {os.fstat(socket.fileno()).st_ino} if socket is not None else set()
-        strangers = tables.listening_inodes(port) - self._admitted[port] - own
+    def _report_strangers(self, port: int, strangers: Iterable[int]) -> bool:
+        """Say who listens on the number and is not of the command. False: nobody."""
         for inode in strangers:
             owner = tables.process_of(inode)
             self.observer.in_the_way(
@@ -233,36 +261,43 @@ class Admission:
             )
         return bool(strangers)
 
-    def _gate_if_refused(self, error: OSError, ports: Iterable[int]) -> int | None:
-        return self._open_gates(ports) if error.errno in _REFUSED else CONTINUE
+    def _gate_unread(self, notification: seccomp.Notification, fd: int, length: int, error: OSError) -> int | None:
+        """For a bind whose address cannot be read. Where nothing of the socket can be seen, its length has to do."""
+        if gates.is_tcp(notification.thread, fd) is None and length not in _LENGTHS:
+            return CONTINUE
+        return self._gate(notification, fd, self.guards, _why("/proc/PID/mem", error))
 
-    def _open_gates(self, ports: Iterable[int]) -> int | None:
+    def _gate(
+        self, notification: seccomp.Notification, fd: int, ports: Iterable[int], why: str, *, is_bind: bool = True
+    ) -> int | None:
         """Let the kernel's own bind or listen pass, if the command's socket has SO_REUSEADDR. Returns CONTINUE."""
-        self.was_gated = True
+        thread = notification.thread
+        if not why or gates.is_tcp(thread, fd) is False or not gates.is_in_our_network(thread):
+            return CONTINUE
+        inode = gates.inode_of(thread, fd)
+        if not is_bind:
+            ports = [port for port in ports if self._own[port].has(inode, fd)]
+        if not seccomp.is_waiting(self.notify_fd, notification.id):
+            return CONTINUE
         for port in ports:
-            before = self._gates[port][1] if port in self._gates else tables.listening_inodes(port)
-            self._gates[port] = (time.monotonic() + _GATE_TIME, before)
-            self.guards[port].set(_socket.SO_REUSEADDR, 1)
+            self._gates.open(self.guards[port], notification, inode, is_bind=is_bind)
+            self.was_gated, self.why_gated = True, self.why_gated or why
+            if inode:
+                self._own[port].add(inode, thread, fd, "", shares=False)
+            else:
+                self._own[port].add_hidden(fd)
         return CONTINUE
 
-    def look_at_gates(self) -> None:
-        """Close each gate whose listener has shown, or whose time is over."""
-        for port, (end, before) in list(self._gates.items()):
-            new = tables.listening_inodes(port) - before
-            if new or time.monotonic() > end:
-                self._close_gate(port)
-            if new:
-                self._admitted[port] |= new
-                self.observer.listening(port, "")
-
-    def close_gates(self) -> None:
-        """Close them all, whoever waits."""
-        for port in list(self._gates):
-            self._close_gate(port)
-
-    def _close_gate(self, port: int) -> None:
-        self.guards[port].set(_socket.SO_REUSEADDR, 0)
-        del self._gates[port]
+    def _look_behind(self, closed: Iterable[gates.Gate]) -> None:
+        """Tell what has come through gates that are closed again: the command's listener, or somebody else's."""
+        for gate in closed:
+            port, own = gate.guard.port, self._own[gate.guard.port]
+            new = {inode: host for inode, host in tables.listeners_on(port).items() if inode not in gate.before}
+            for inode, host in new.items():
+                if not gate.is_bind and (inode == gate.inode or not gate.inode):
+                    own.add(inode, gate.thread, -1, host, shares=False)
+                    self.observer.listening(port, host)
+            self._report_strangers(port, own.strangers(new))
 
 
 def _call_of(notification: seccomp.Notification, machine: seccomp.Machine) -> tuple[str, tuple[int, ...]]:
@@ -320,7 +355,7 @@ def _is_tcp(socket: _socket.socket) -> bool:
 def _same_network(socket: _socket.socket, guard: Guard) -> bool:
     """Whether both sockets are in one network namespace: elsewhere the number is another's."""
     try:
-        cookies = [s.getsockopt(_socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8) for s in (socket, *guard.sockets[:1])]
+        cookies = [s.getsockopt(_socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8) for s in (socket, guard.socket)]
     except OSError:
         return True  # before Linux 5.14; a bind in another namespace then fails with EADDRINUSE at the worst
     return len(set(cookies)) == 1
@@ -330,12 +365,16 @@ def _port_of(socket: _socket.socket) -> int:
     return int(socket.getsockname()[1])
 
 
-def _host_of(host: str, socket: _socket.socket) -> str:
-    """The address a socket is bound to: `*` for both families, an IPv4 one in its own form."""
-    if host == "::" and not socket.getsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY):
-        return "*"
-    return host.removeprefix("::ffff:") if "." in host else host
+def _host_in(address: bytes, socket: _socket.socket) -> str:
+    """The address in a struct sockaddr, as text."""
+    at, length = (8, 16) if socket.family == _socket.AF_INET6 else (4, 4)
+    return _socket.inet_ntop(socket.family, address[at : at + length].ljust(length, b"\0"))
 
 
-def _overlap(one: str, other: str) -> bool:
-    return covers(one, other) or covers(other, one)
+def _inode(socket: _socket.socket) -> int:
+    return os.fstat(socket.fileno()).st_ino
+
+
+def _why(what: str, error: OSError) -> str:
+    """Why something was refused that is needed to proxy a call; nothing for an error that is the caller's own."""
+    return f"{what}: {error.strerror}" if error.errno in _REFUSED else ""

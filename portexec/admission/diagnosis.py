@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from portexec.admission.answer import Observer
-from portexec.command import publish
+from portexec.parent.loop import after
+from portexec.say import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,58 +21,57 @@ class Diagnosis(Observer):
         self.quiet = quiet
         self.verbose = verbose
         self.bound: dict[int, str] = {}  # the address at which the command listens on each number of ours
-        self._elsewhere: tuple[int, float] | None = None
+        self._elsewhere: int | None = None
         self._said: set[object] = set()
 
     def listening(self, port: int, host: str) -> None:
         self.bound.setdefault(port, host)
         if self.verbose:
             shown = f"[{host}]" if ":" in host else host or "an address that could not be seen"
-            self._say(("listening", port, host), f"portexec: the command listens on {shown}:{port}\n")
+            self._say(("listening", port, host), f"the command listens on {shown}:{port}")
 
     def elsewhere(self, port: int) -> None:
         if self._elsewhere is None and not self.quiet:
-            self._elsewhere = (port, time.monotonic() + _PATIENCE)
+            self._elsewhere = port
+            after(_PATIENCE, self.lose_patience)
 
     def in_the_way(self, port: int, owner: str) -> None:
         self._say(
             ("in the way", owner),
-            f"portexec: error: port {port} is shared by another listener: {owner}\n"
-            "portexec: hint: the command's bind was refused; stop that process, which runs as the same user\n",
+            f"error: port {port} is shared by another listener: {owner}",
+            "hint: the command's bind was refused; stop that process, which runs as the same user",
         )
-
-    def patience(self) -> float | None:
-        """Seconds until `lose_patience` has something to say, None for never."""
-        return None if self._elsewhere is None or self.bound else max(0.0, self._elsewhere[1] - time.monotonic())
 
     def lose_patience(self) -> None:
         """Say that the command listens on another number than the one it was given."""
         if self._elsewhere is None or self.bound:
             return
-        other, _ = self._elsewhere
+        other = self._elsewhere
         self._elsewhere = None
         self._say(
             "elsewhere",
-            f"portexec: note: the command listens on port {other}, not on {self._ports()}\n"
-            f"portexec: hint: pass the number in its words as {{port}}, or take its own with --remap {other}\n",
+            f"note: the command listens on port {other}, not on {self._ports()}",
+            f"hint: pass the number in its words as {{port}}, or take its own with --remap {other}",
         )
 
     def ended(self, status: int) -> None:
         """Say that a command which failed never took the number it was given."""
+        if not self.ports:
+            return
         if status:
             self.lose_patience()
         if status and not self.bound and not self.quiet and "elsewhere" not in self._said:
             self._say(
                 "never",
-                f"portexec: note: the command failed (status {status}) and never listened on port {self._ports()}\n"
-                "portexec: hint: if it should have: does it read $PORT? {port} passes the number, --remap 8000 replaces a\n"
-                "portexec: hint: fixed one, and --hand-off hold is for servers elsewhere, such as docker's\n",
+                f"note: the command failed (status {status}) and never listened on port {self._ports()}",
+                "hint: if it should have: does it read $PORT? {port} passes the number, --remap 8000 replaces a",
+                "hint: fixed one, and --hand-off hold is for servers elsewhere, such as docker's",
             )
 
     def _ports(self) -> str:
         return ", ".join(map(str, self.ports))
 
-    def _say(self, key: object, text: str) -> None:
+    def _say(self, key: object, *lines: str) -> None:
         if key not in self._said:
             self._said.add(key)
-            publish.say_if_heard(text)
+            say(*lines)

@@ -26,11 +26,10 @@ RET_USER_NOTIF = 0x7FC00000
 _BUFFER_SIZE = 256  # a later kernel's notification may be longer; RECV wants zeros up to its own length
 _RECV = 0xC0502100
 _SEND = 0xC0182101
+_SET_FLAGS = 0x40082104
+_SYNC_WAKE_UP = 1  # SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP
 _ID_VALID = 0x80082102  # the number that Linux 5.0 gave it; later kernels accept it beside the corrected one
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
-PR_SET_NO_NEW_PRIVS = 38
 
 _PIDFD_GETFD = 438
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
@@ -154,7 +153,7 @@ def install() -> int:
     except OSError as error:
         if error.errno != errno.EACCES:
             raise
-        kernel.prctl(PR_SET_NO_NEW_PRIVS, 1)
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         return kernel.syscall(number, SET_MODE_FILTER, flags, compiled)
     finally:
         del memory  # not before the kernel has read it
@@ -195,6 +194,14 @@ def receive(notify_fd: int) -> Notification | None:
     return Notification(bytes(buffer))
 
 
+def wake_at_once(notify_fd: int) -> None:
+    """Have the kernel wake us on the caller's own processor, as the caller sleeps until we answer (Linux 6.6)."""
+    try:
+        fcntl.ioctl(notify_fd, _SET_FLAGS, _SYNC_WAKE_UP)
+    except OSError:
+        pass
+
+
 def is_waiting(notify_fd: int, identifier: int) -> bool:
     """Whether the caller still waits, so that what was read of it meanwhile was really its own."""
     try:
@@ -226,16 +233,45 @@ def machine_of(notification: Notification) -> Machine | None:
 
 
 def duplicate(thread: int, fd: int) -> int:
-    """A duplicate, close-on-exec, of a descriptor of another thread. Raises OSError: EPERM, EBADF, ESRCH.
+    """A duplicate, close-on-exec, of a descriptor of another thread. Raises OSError: EPERM, EBADF, ESRCH, ENOSYS.
 
-    A thread that is not the leader has a pidfd of its own from Linux 6.9 on; before, its process' table is the same.
+    A thread that is not the leader has a pidfd of its own from Linux 6.9 on.
     """
     try:
         pidfd = os.pidfd_open(thread, _PIDFD_THREAD)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        pidfd = os.pidfd_open(_process_of(thread))
+        return _duplicate_of_leader(thread, fd)
+    return _take(pidfd, fd)
+
+
+def _duplicate_of_leader(thread: int, fd: int) -> int:
+    """The same from the table of the process' first thread, which is mostly the same one.
+
+    It is not when that thread has ended, or when this one has a table of its own (unshare(2)). Then it raises ESRCH.
+    """
+    try:
+        duplicate = _take(os.pidfd_open(_process_of(thread)), fd)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        raise _other_table() from error
+    try:
+        if os.fstat(duplicate).st_ino == os.stat(f"/proc/{thread}/fd/{fd}").st_ino:
+            return duplicate
+    except OSError:
+        pass
+    os.close(duplicate)
+    raise _other_table()
+
+
+def _other_table() -> OSError:
+    return ProcessLookupError(errno.ESRCH, "the thread has descriptors of its own")
+
+
+def _take(pidfd: int, fd: int) -> int:
+    """Duplicate from the process behind a pidfd, and close the pidfd."""
     try:
         return kernel.syscall(_PIDFD_GETFD, pidfd, fd, 0)
     finally:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -108,8 +108,8 @@ async def block_until(changed: Changed, condition: Callable[[], int], patience: 
 class Driver:
     """A portexec of ours, what it has said, and the calls. All state changes under `_changed`.
 
-    `arguments` are the words of its command line. `kill_after` is in seconds. `reword` makes a message and a hint those of the
-    caller, who knows nothing of options.
+    `arguments` are the words of its command line. `kill_after` is in seconds. `arguments_of` has the caller's arguments by the
+    options that they were made from: the caller knows nothing of options.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class Driver:
         environment: dict[str, str],
         cwd: str | None,
         kill_after: float,
-        reword: Callable[[str, str], tuple[str, str]],
+        arguments_of: Mapping[str, str],
     ) -> None:
         self.arguments = arguments
         self.environment = environment
         self.cwd = cwd
         self.kill_after = kill_after
-        self.reword = reword
+        self.arguments_of = arguments_of
         self.listeners: dict[str, Listener] = {}
         self.pid = 0
         self.wait_status: int | None = None  # of the command, as waitpid(2) gives it, once it has ended
@@ -391,8 +391,19 @@ class Driver:
                 self.wait_status = event["status"]
                 self._has_ended_by_itself = event["by_itself"]
             elif kind == "error":
-                self._failure = getattr(errors, event["kind"])(*self.reword(event["message"], event["hint"]))
+                self._failure = self._error(event)
             self._changed.notify_all()
+
+    def _error(self, event: dict[str, Any]) -> PortexecError:
+        """The error that was told, in the words of the caller."""
+        about = self.arguments_of.get(event["about"], event["about"])
+        hint = event["hint"]
+        for option, argument in self.arguments_of.items():
+            hint = hint.replace(option, argument)
+        error: PortexecError = getattr(errors, event["kind"])(
+            f"{about} {event['message']}" if about else event["message"], hint
+        )
+        return error
 
     def _listener(self, told: dict[str, Any]) -> Listener:
         """As the caller can use it, whose directory may be another than the command's."""

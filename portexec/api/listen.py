@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from portexec.binding import listeners as sockets
+from portexec.binding.listeners import MAX_BACKLOG, Bound, bind_all
 from portexec.binding.spec import parse_listen
 from portexec.errors import PortexecError, UsageError, reason
 
@@ -17,7 +17,7 @@ class GuardedSocket(socket.socket):
     a `socket.socket` only and nothing derived from it, as trio and multiprocessing do, gets a `dup`.
     """
 
-    def __init__(self, bound: sockets.Bound) -> None:
+    def __init__(self, bound: Bound) -> None:
         """Take over the one listener of `bound` and its guard."""
         listener = bound.listeners[0]
         assert listener.socket is not None  # noqa: S101  # bound with listening=True
@@ -60,12 +60,12 @@ def listen(spec: str = "127.0.0.1:0", *, backlog: int = 0) -> GuardedSocket:
     `portexec --listen` takes, without a name: `127.0.0.1:0`, `3000,0`, `*:0`, `unix:PATH`; `backlog` 0 is the greatest.
     Blocking, close-on-exec, with TCP_NODELAY. Raises `UsageError` for a malformed spec, `ListenError` when none can be had.
     """
-    if not isinstance(backlog, int) or not 0 <= backlog <= sockets.MAX_BACKLOG:
-        raise UsageError(f"backlog={backlog!r} is not a number from 0 to {sockets.MAX_BACKLOG}", "0 is the greatest")
+    if not isinstance(backlog, int) or not 0 <= backlog <= MAX_BACKLOG:
+        raise UsageError(f"backlog={backlog!r} is not a number from 0 to {MAX_BACKLOG}", "0 is the greatest")
     if not isinstance(spec, str):
         raise UsageError(f"listen takes one spec as text, not {spec!r}", "call it once for each socket: listen('127.0.0.1:0')")
     try:
-        return GuardedSocket(sockets.bind_all(parse_listen([spec]), listening=True, backlog=backlog))
+        return GuardedSocket(bind_all(parse_listen([spec]), listening=True, backlog=backlog))
     except OSError as error:
         raise PortexecError(f"cannot listen on {spec}: {reason(error)}") from error
     except UnicodeEncodeError as error:

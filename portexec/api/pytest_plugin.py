@@ -44,7 +44,7 @@ class _Watched:
 
     def death(self, patience: float = 0.0) -> Exited | None:
         """How it died by itself, if it did. The news may take some time to come."""
-        from portexec.parent.tree import is_ending
+        from portexec.procfs import is_ending
 
         if self._death is None:
             self._death = self.server.died(_CERTAINTY if is_ending(self.server.pid) else patience)

@@ -7,7 +7,6 @@ however that happens, portexec stops the whole tree.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -188,17 +187,13 @@ def serve(
         else:
             options += ["--env", f"{name}={_text('env', value)}"]
     place = None if cwd is None else _text("cwd", cwd)
-    return Serving(Driver([*options, "--", *_words(command)], ours, place, kill_after, _in_python))
+    return Serving(Driver([*options, "--", *_words(command)], ours, place, kill_after, _arguments_of_options()))
 
 
-def _in_python(message: str, hint: str) -> tuple[str, str]:
-    """What portexec says of its options, said of the arguments that they were made from. Elsewhere the words are the user's."""
-    names = {name.replace("_", "-"): name for name in serve.__annotations__}
-
-    def translate(pattern: str, text: str) -> str:
-        return re.sub(pattern, lambda found: names.get(found[1], found[0]), text)
-
-    return translate("^--([a-z-]+)", message), translate("--([a-z-]+)", hint)
+def _arguments_of_options() -> dict[str, str]:
+    """The arguments of `serve`, by the options that they become. Longer names first, which may begin with a shorter one."""
+    names = sorted(serve.__annotations__, key=len, reverse=True)
+    return {f"--{name.replace('_', '-')}": name for name in names}
 
 
 def _words(command: Sequence[str | os.PathLike[str]]) -> list[str]:

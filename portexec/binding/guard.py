@@ -1,14 +1,28 @@
 """The guard: a number that nobody else can have, and the way past it.
 
-A *guard* is a socket bound to `[::]:P` for both families, exclusive, never listening. While it is open the kernel gives P to
-nobody, whatever address or option they use. A holder of 127.0.0.1 alone is not enough: by way of the bucket's
-fastreuseport cache another user can get a dual-stack listener past it (sk_reuseport_match() in the kernel's
-net/ipv4/inet_connection_sock.c).
+A *guard* is a socket bound to `[::]:P` for both families, exclusive, never serving. While it is open the kernel gives P to
+nobody, whatever address or option they use. A holder of 127.0.0.1 alone is not enough: by way of the bucket's cache another
+user can get a dual-stack listener past it. The guard is the only thing that keeps other users out, so it is never closed
+before the run ends, whatever happens to a flip.
 
-Our own sockets get past the guard by the *flip*: SO_REUSEPORT on guard and socket, bind and listen, SO_REUSEPORT off again.
-The kernel reads the option live and shares SO_REUSEPORT within one user only, so even in between strangers stay out. The
-flip leaves (user, address) in that cache, which would let the same user bind the same address once more; the *scrub*, one
-more flipped bind of a throw-away socket to a random address of the other family, overwrites it before the flip ends.
+Our own sockets get past the guard by the *flip*: SO_REUSEPORT on guard and socket, bind or listen, SO_REUSEPORT off again.
+The kernel reads the option live and shares SO_REUSEPORT within one user only, so even in between strangers stay out.
+
+The flip leaves a trace. The kernel caches (user, address) of the last socket with SO_REUSEPORT that was bound to a number,
+and a socket of that user that *matches* the cache is bound without any check: sk_reuseport_match() in the kernel's
+net/ipv4/inet_connection_sock.c. Left alone, the cache would let the same user past the guard, and would let a second socket
+of the command join its first one in silence. So each flip ends with a *scrub*: a throw-away socket is bound to a random
+address that nobody uses, which replaces what the cache holds.
+
+- A scrub must not match the cache, or nothing is replaced. A cached wildcard matches its own family, so the scrub after it
+  is of the other family. A cached `[::]` for both families matches everything, and no scrub replaces that.
+- So a socket for both families is bound over a *seed*. A cached `[::]` for IPv6 alone matches it, too, and then the kernel
+  leaves the cache as it is; but an IPv4 scrub does not match that one. The kernel checks nothing when the cache matches. The
+  seeds take the check instead: one for each family, with the options of the socket.
+- A scrub needs room. Where other sockets of the command have all addresses of its family, it can be had only by taking those
+  sockets into the flip. Where these are not to be had, the bind stands, the flip is not *clean*, and it is tried again later.
+- The *wash* is for what no scrub replaces: the guard listens for an instant. A socket without SO_REUSEPORT empties the cache
+  when it is bound or listens. The kernel refuses that while anything else overlaps the guard.
 
 Sockets are made by `_socket`, not by `socket`: importing the latter takes longer than all the rest of portexec, for
 enumerations that are not needed here.
@@ -20,69 +34,126 @@ import _socket
 import errno
 import fcntl
 import os
-from _socket import AF_INET, AF_INET6, SO_REUSEADDR, SO_REUSEPORT, SOCK_STREAM, SOL_SOCKET
+import sys
+from _socket import (
+    AF_INET,
+    AF_INET6,
+    IPPROTO_IP,
+    IPPROTO_IPV6,
+    IPV6_V6ONLY,
+    SO_REUSEADDR,
+    SO_REUSEPORT,
+    SOCK_STREAM,
+    SOL_SOCKET,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    Others = Callable[[], Iterable[_socket.socket]]
+
 IPPROTO_MPTCP = 262
-IP_FREEBIND = 15  # ip(7); the scrub works where the loopback interface is down, too
+IP_FREEBIND = 15  # ip(7); a scrub works where its address is nobody's, and where the loopback interface is down
 _FIRST_FREE_FD = 3  # a closed standard stream stays closed: no socket of ours becomes descriptor 0, 1 or 2
-_SCRUBS = 3
+_SCRUBS = 3  # how often each family is tried while a process of the same user interferes
+_DEVICE_SIZE = 16  # IFNAMSIZ
+_SO_ATTACH_FILTER = 26
+_RETURN = 0x06  # of linux/bpf_common.h: BPF_RET
+_POINTER = 8 if sys.maxsize > 1 << 32 else 4
+_FAMILIES = (AF_INET, AF_INET6)
+_EVERY_FOUR = "0.0.0.0"
+_EVERY_SIX = "::"
 
 
 class Guard:
-    """The guard of one number, and the owner of its sockets: one for both families, or after `renew` one for each."""
+    """The guard of one number, and the owner of its one socket.
 
-    __slots__ = ("port", "sockets")
+    Several processes may have copies of the socket; nothing that is done with a guard depends on closing one.
+    `is_tidy`: as far as this process knows, no earlier flip has left a way past the guard. Whoever takes a guard over from
+    another process knows nothing. `last_owner` is the user that the last flip made the guard belong to, None for our own.
+    """
+
+    __slots__ = ("is_tidy", "last_owner", "port", "socket")
 
     def __init__(self, number: int) -> None:
         """Guard this number, 0 for any that is free. Raises OSError when it cannot be had."""
-        socket, address = _any_socket()
+        self.is_tidy = True
+        self.last_owner: int | None = None
+        self.socket, address = _any_socket()
         try:
-            try:
-                socket.bind((address, number))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or not number:
-                    raise
-                _bind_beside_old_connections(socket, (address, number))
+            _bind_guard(self.socket, address, number)
+            self.port: int = self.socket.getsockname()[1]
+            if not number:
+                self._bind_by_name(address)
         except BaseException:
-            socket.close()
+            self.socket.close()
             raise
-        self.port: int = socket.getsockname()[1]
-        self.sockets = [socket]
+
+    def _bind_by_name(self, address: str) -> None:
+        """Put a socket in our place that has asked for the number.
+
+        The kernel takes the number from a socket that it was chosen for when that socket has listened and is shut down, so
+        such a guard could not be washed.
+        """
+        named, _ = _any_socket()
+        try:
+            with Flip(self, named, address):
+                named.bind((address, self.port))
+        except OSError:
+            named.close()  # in a sandbox whose kernel knows no flip; the number is ours, which is what counts
+            return
+        self.socket.close()
+        self.socket = named
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self.socket.fileno()
 
     def set(self, option: int, value: int) -> None:
-        """Set an option of SOL_SOCKET on all its sockets."""
-        for socket in self.sockets:
-            socket.setsockopt(SOL_SOCKET, option, value)
+        """Set an option of SOL_SOCKET."""
+        self.socket.setsockopt(SOL_SOCKET, option, value)
 
     def close(self) -> None:
-        """Give up the number."""
-        for socket in self.sockets:
-            socket.close()
-        self.sockets = []
+        """Give up the number, or this process' copy of the guard."""
+        self.socket.close()
 
-    def renew(self, listener: _socket.socket, unbound: Iterable[_socket.socket]) -> None:
-        """Guard the number again beside a listener that has it on all addresses by itself.
+    def tidy(self, owner: int | None = None, others: Others = tuple) -> bool:
+        """Scrub or wash what an earlier flip may have left. False: a process of `owner` with SO_REUSEPORT can still pass.
 
-        One of the `unbound` sockets for each family: after the flip of one for both, the cache would hold an address that
-        equals every other. With SO_REUSEADDR meanwhile, for old connections in TIME_WAIT; the listener keeps everybody else
-        out.
+        `others` gives the sockets that may have to make room for a scrub, as for a flip.
         """
-        for socket in unbound:
-            beside = Guard.__new__(Guard)
-            beside.port, beside.sockets = self.port, [listener, *self.sockets]
+        if not self.is_tidy:
+            before = owner_of(self.socket)
+            _give(self.socket, before if owner is None else owner)
             try:
-                socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-                with Flip(beside, socket):
-                    socket.bind(("0.0.0.0" if socket.family == AF_INET else "::", self.port))
-            except OSError:
-                socket.close()  # somebody got in beside the listener, which admission notices
-            else:
-                socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
-                self.sockets.append(socket)
+                self.is_tidy = not self._lets_in(owner) or _scrub(self, _FAMILIES, owner, others) or self._wash(owner)
+            finally:
+                _give(self.socket, before)
+        return self.is_tidy
+
+    def _lets_in(self, owner: int | None) -> bool:
+        """Whether the cache matches whole families: then an address that nobody has asked for can be bound."""
+        return any(_can_bind(self.port, _random_address(family), owner) for family in _FAMILIES)
+
+    def _wash(self, owner: int | None) -> bool:
+        """Listen for an instant. A client of that instant is not heard at all, rather than accepted."""
+        _drop_what_comes(self.socket)
+        try:
+            self.socket.listen(0)
+        except OSError:
+            return False  # something overlaps the guard: a socket of the command, or connections that are left of one
+        self.socket.shutdown(_socket.SHUT_RDWR)
+        return not self._lets_in(owner)
+
+
+def _bind_guard(guard: _socket.socket, address: str, number: int) -> None:
+    try:
+        guard.bind((address, number))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or not number:
+            raise
+        _bind_beside_old_connections(guard, (address, number))
 
 
 def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]) -> None:
@@ -95,7 +166,7 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
     """
     mutex = new_socket(AF_INET)
     try:
-        mutex.setsockopt(_socket.IPPROTO_IP, IP_FREEBIND, 1)
+        mutex.setsockopt(IPPROTO_IP, IP_FREEBIND, 1)
         mutex.bind(("127.255.255.253", address[1]))
         mutex.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         guard.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
@@ -105,144 +176,248 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
         mutex.close()
 
 
-class Flip:
-    """The time in which `socket` may be bound, or may listen, beside the guard; see the module's text.
+def _drop_what_comes(socket: _socket.socket) -> None:
+    """Attach a filter that lets no packet through, socket(7): a struct sock_fprog with the one instruction `return 0`."""
+    from array import array
 
-    What takes time is done before the guard opens, and the scrub while it is still open. Root can do better than share with
-    one user: for this time the sockets belong to a user that nobody is and that nobody can guess (fchown(2) on a socket
-    changes the user whom the kernel compares). A socket that shares by itself, with its user's other ones, keeps its owner,
-    and so does one of MPTCP, where the kernel compares the user of an inner socket; then the guard becomes that user's.
+    instruction = array("B", _RETURN.to_bytes(2, sys.byteorder) + bytes(6))
+    address, _ = instruction.buffer_info()
+    program = (1).to_bytes(2, sys.byteorder).ljust(_POINTER, b"\0") + address.to_bytes(_POINTER, sys.byteorder)
+    socket.setsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+class Flip:
+    """The time in which `socket` may be bound to `host`, or may listen there, beside the guard; see the module's text.
+
+    `others` gives the sockets that are bound to the number already and that are no stranger's: the command's, or ours. It is
+    called when they are needed.
+    `is_clean`, at its end: nobody can come the same way. It is false where no scrub could be had.
+
+    Root can do better than share with one user: for this time the sockets belong to a user that nobody is and that nobody can
+    guess (fchown(2) on a socket changes the user whom the kernel compares). Then the kernel makes the whole check, and what it
+    caches matches nobody. A socket that shares by itself, with its user's other ones, keeps its owner, and so does one of
+    MPTCP, where the kernel compares the user of an inner socket; then guard, seeds and scrubs become that user's.
     """
 
-    __slots__ = ("disguise", "guard", "owners", "scrub", "scrub_address", "socket", "was_shared")
+    __slots__ = ("_guard", "_host", "_is_hidden", "_others", "_owner", "_owners", "_socket", "_was_shared", "is_clean")
 
-    def __init__(self, guard: Guard, socket: _socket.socket) -> None:
-        self.guard = guard
-        self.socket = socket
-        self.was_shared = socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)
-        self.owners: list[tuple[_socket.socket, int]] = []
-        self.disguise = 1 << 31 | int.from_bytes(os.urandom(4), "big") >> 2
-        if self.was_shared or any(map(_is_mptcp, (socket, *guard.sockets))):
-            self.disguise = _owner_of(socket)
+    def __init__(self, guard: Guard, socket: _socket.socket, host: str, others: Others = tuple) -> None:
+        self._guard = guard
+        self._socket = socket
+        self._host = host
+        self._others = others
+        self._was_shared = socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)
+        self._owner: int | None = None  # of seeds and scrubs; None for our own user
+        self._owners: list[tuple[_socket.socket, int]] = []  # whom each socket belonged to that belongs to another user now
+        self._is_hidden = False
+        self.is_clean = False
 
-    def __enter__(self) -> None:
-        self.scrub, self.scrub_address = _make_scrub(self.socket.family)
+    def __enter__(self) -> Flip:
         if os.geteuid() == 0:
             self._hide()
-        self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
-        self.guard.set(SO_REUSEPORT, 1)
-
-    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        is_scrubbed = self._close()
-        self.socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self.was_shared)
-        self._show()
-        self.scrub.close()
-        if not is_scrubbed and failed is None:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-
-    def _close(self) -> bool:
-        """Scrub, and end the sharing. False: a process of our own user got in, and what it bound could still listen.
-
-        Between the two it may bind and replace what the scrub left; then once more. Where a listener of ours has the whole
-        other family, there is no room for a scrub, and what the kernel caches stays: our own user, this very address.
-        """
-        for _ in range(_SCRUBS):
-            has_room = _can_bind(self.scrub, self.scrub_address, self.guard.port)
-            self.guard.set(SO_REUSEPORT, 0)
-            if not has_room or self._is_scrubbed():
-                return True
-            self.scrub.close()
-            self.scrub, self.scrub_address = _make_scrub(self.socket.family)
-            self.guard.set(SO_REUSEPORT, 1)
-        self.guard.set(SO_REUSEPORT, 0)
-        return False
-
-    def _is_scrubbed(self) -> bool:
-        """Whether the kernel remembers the scrub: its address can be bound once more, and another one cannot.
-
-        Not asked where nobody is of the same user, where the socket shares by itself, and where no scrub has an effect.
-        """
-        is_wildcard = self.socket.getsockname()[0] in ("0.0.0.0", "::")
-        if self.owners or self.was_shared or (is_wildcard and self.scrub.family == self.socket.family):
-            return True
-        if _is_on_all_addresses(self.socket):
-            return True
         try:
-            again, _ = _make_scrub(self.socket.family)
-            other, other_address = _make_scrub(self.socket.family)
-        except OSError:
-            return True  # no descriptors left to find out with
+            if not self._is_hidden:
+                self._refuse_to_join(is_tidy=self._guard.tidy(self._owner, self._others))
+            self._socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+            self._guard.set(SO_REUSEPORT, 1)
+            if not self._is_hidden and is_on_both_families(self._socket, self._host):
+                self._seed()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         try:
-            return _can_bind(again, self.scrub_address, self.guard.port) and not _can_bind(
-                other, other_address, self.guard.port
-            )
+            self.is_clean = self._is_hidden or _scrub(self._guard, self._families(), self._owner, self._others)
+            self._guard.is_tidy, self._guard.last_owner = self.is_clean, self._owner
         finally:
-            again.close()
-            other.close()
-
-    def _hide(self) -> None:
-        try:
-            os.fchown(self.scrub.fileno(), self.disguise, -1)
-            for socket in (self.socket, *self.guard.sockets):
-                owner = _owner_of(socket)
-                if owner != self.disguise:
-                    os.fchown(socket.fileno(), self.disguise, -1)
-                    self.owners.append((socket, owner))
-        except OSError:  # in a container without CAP_CHOWN, or without that user
+            self._guard.set(SO_REUSEPORT, 0)
+            self._socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self._was_shared)
             self._show()
 
+    def _seed(self) -> None:
+        """Make the kernel remember `[::]` for IPv6 alone, and check what it will not check of the socket. Raises OSError.
+
+        At each moment what is cached can be scrubbed: a seed for all of IPv4 comes only when there is room for a scrub of IPv6,
+        which the first line finds out, and the other way round.
+        """
+        for address in (_random_address(AF_INET6), _EVERY_FOUR, _EVERY_SIX):
+            _bind_briefly(self._guard.port, address, self._owner, like=self._socket)
+
+    def _families(self) -> tuple[int, ...]:
+        """The families of scrubs that what is cached now does not match."""
+        if is_on_both_families(self._socket, self._host):
+            return (AF_INET, AF_INET6)  # after the seed for IPv4, when the one for IPv6 was refused, it is the second
+        if self._host == _EVERY_SIX:
+            return (AF_INET,)
+        if "." not in self._host:
+            return (AF_INET6, AF_INET)
+        return (AF_INET6,) if self._host.endswith(_EVERY_FOUR) else (AF_INET, AF_INET6)
+
+    def _refuse_to_join(self, *, is_tidy: bool) -> None:
+        """Refuse what the kernel would refuse, but will not now that the socket shares: to join one that shares by itself.
+
+        Where something is cached that matches too much, to join any other. Raises OSError.
+        """
+        if self._was_shared:
+            return
+        for other in self._others():
+            if (not is_tidy or other.getsockopt(SOL_SOCKET, SO_REUSEPORT)) and self._conflicts_with(other):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    def _conflicts_with(self, other: _socket.socket) -> bool:
+        reuse = self._socket.getsockopt(SOL_SOCKET, SO_REUSEADDR) and other.getsockopt(SOL_SOCKET, SO_REUSEADDR)
+        if reuse and not other.getsockopt(SOL_SOCKET, _socket.SO_ACCEPTCONN):
+            return False
+        return overlap(host_of(self._socket, self._host), host_of(other))
+
+    def _hide(self) -> None:
+        owner = owner_of(self._socket)
+        is_bare = not self._was_shared and self._socket.proto != IPPROTO_MPTCP
+        user = 1 << 31 | int.from_bytes(os.urandom(4), "big") >> 2 if is_bare else owner
+        try:
+            for socket in (self._socket, self._guard.socket):
+                self._owners.append((socket, owner_of(socket)))
+                _give(socket, user)
+        except OSError:  # in a container without CAP_CHOWN, or without that user
+            self._show()
+        else:
+            self._is_hidden = is_bare
+            self._owner = user or None
+
     def _show(self) -> None:
-        for socket, owner in self.owners:
-            os.fchown(socket.fileno(), owner, -1)
-        self.owners.clear()
+        for socket, owner in self._owners:
+            _give(socket, owner)
+        self._owners.clear()
 
 
-def can_flip(guard: Guard, socket: _socket.socket) -> bool:
-    """Whether the kernel can be made to see guard and socket as one user's: they are, or we may change the guard's owner."""
-    ours, owner = os.geteuid(), _owner_of(socket)
-    if owner == ours:
+def _scrub(guard: Guard, families: tuple[int, ...], owner: int | None, others: Others) -> bool:
+    """Replace what the cache holds. The guard shares no longer afterwards. False: nothing that we can bind replaces it."""
+    if any(_replace(guard, family, owner) for family in families * _SCRUBS):
         return True
+    opened = [socket for socket in others() if not socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)]
     try:
-        for each in guard.sockets:
-            os.fchown(each.fileno(), owner, -1)
-            os.fchown(each.fileno(), ours, -1)
+        for socket in opened:
+            socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+        return bool(opened) and any(_replace(guard, family, owner) for family in families)
+    finally:
+        for socket in opened:
+            socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 0)
+
+
+def _replace(guard: Guard, family: int, owner: int | None) -> bool:
+    """Bind one scrub, and find out whether it is what the cache holds now.
+
+    It can be otherwise: the scrub matched what was there, or a process of the same user came after it.
+    """
+    address = _random_address(family)
+    guard.set(SO_REUSEPORT, 1)
+    try:
+        _bind_briefly(guard.port, address, owner, reuse_address=1)
+    except OSError:
+        return False
+    finally:
+        guard.set(SO_REUSEPORT, 0)
+    return _is_cached(guard.port, address, owner)
+
+
+def _is_cached(port: int, address: str, owner: int | None) -> bool:
+    """Whether the cache matches this address and no other one of its family. The guard lets nothing else through."""
+    family = _family_of(address)
+    try:
+        socket = _make_sharer(family, owner)
+    except OSError:
+        return False
+    try:
+        return not _is_bound(socket, _random_address(family), port) and _is_bound(socket, address, port)
+    finally:
+        socket.close()
+
+
+def _is_bound(socket: _socket.socket, address: str, port: int) -> bool:
+    try:
+        socket.bind((address, port))
     except OSError:
         return False
     return True
 
 
-def listen_past(guard: Guard, socket: _socket.socket, listen: Callable[[], None]) -> None:
-    """Let a bound socket listen beside the guard, by calling `listen`. Raises what that raises.
-
-    A socket on all addresses of both families is different, since no scrub can undo its flip. But it guards the number by
-    itself, so the guard steps aside meanwhile. That is exclusive without SO_REUSEADDR only, which may be missed where old
-    connections are left; then it is the flip, after all.
-    """
-    if not _is_on_all_addresses(socket) or socket.getsockopt(SOL_SOCKET, SO_REUSEPORT):
-        with Flip(guard, socket):
-            return listen()
-    four, six = new_socket(AF_INET), new_socket(AF_INET6)
-    six.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
-    reuses_address = socket.getsockopt(SOL_SOCKET, SO_REUSEADDR)
-    socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
-    guard.close()
+def _can_bind(port: int, address: str, owner: int | None) -> bool:
     try:
-        return listen()
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE or not reuses_address:
-            raise
+        _bind_briefly(port, address, owner)
+    except OSError:
+        return False
+    return True
+
+
+def _bind_briefly(
+    port: int, address: str, owner: int | None, *, reuse_address: int = 0, like: _socket.socket | None = None
+) -> None:
+    """Bind a throw-away socket that shares, and close it; `like` another one in what the kernel checks. Raises OSError."""
+    socket = _make_sharer(_family_of(address), owner)
+    try:
+        if like is not None:
+            reuse_address = like.getsockopt(SOL_SOCKET, SO_REUSEADDR)
+            device = like.getsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, _DEVICE_SIZE)
+            if device:
+                socket.setsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, device)
+        if reuse_address:
+            socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        socket.bind((address, port))
     finally:
-        guard.renew(socket, (four, six))
-        socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, reuses_address)
-    with Flip(guard, socket):
-        return listen()
+        socket.close()
+
+
+def _make_sharer(family: int, owner: int | None) -> _socket.socket:
+    """A throw-away socket with SO_REUSEPORT, of one family alone, that can be bound to any address."""
+    socket = new_socket(family)
+    try:
+        if family == AF_INET6:
+            socket.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 1)
+        socket.setsockopt(IPPROTO_IP, IP_FREEBIND, 1)
+        socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+        if owner is not None:
+            os.fchown(socket.fileno(), owner, -1)
+    except BaseException:
+        socket.close()
+        raise
+    return socket
+
+
+def _family_of(address: str) -> int:
+    return AF_INET6 if ":" in address else AF_INET
+
+
+def _random_address(family: int) -> str:
+    """An address that nobody has: of 240.0.0.0/4, which is reserved, or of fd00::/8, for networks that choose at random."""
+    if family == AF_INET6:
+        return _socket.inet_ntop(AF_INET6, b"\xfd" + os.urandom(15))
+    first, *rest = os.urandom(4)
+    return "{}.{}.{}.{}".format(240 + first % 15, *rest)
+
+
+def can_flip(guard: Guard, socket: _socket.socket) -> bool:
+    """Whether the kernel can be made to see guard and socket as one user's: they are, or we may change the guard's owner."""
+    ours, owner = os.geteuid(), owner_of(socket)
+    if owner == ours:
+        return True
+    try:
+        os.fchown(guard.fileno(), owner, -1)
+        os.fchown(guard.fileno(), ours, -1)
+    except OSError:
+        return False
+    return True
 
 
 def has_ipv6() -> bool:
     """Whether the kernel knows IPv6 at all. Where it is merely switched off, a dual-stack socket still works for IPv4."""
     socket, address = _any_socket()
     socket.close()
-    return address == "::"
+    return address == _EVERY_SIX
 
 
 def _any_socket() -> tuple[_socket.socket, str]:
@@ -252,55 +427,43 @@ def _any_socket() -> tuple[_socket.socket, str]:
     except OSError as error:
         if error.errno != errno.EAFNOSUPPORT:
             raise
-        return new_socket(AF_INET), "0.0.0.0"
-    socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 0)
-    return socket, "::"
+        return new_socket(AF_INET), _EVERY_FOUR
+    socket.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 0)
+    return socket, _EVERY_SIX
 
 
-def _owner_of(socket: _socket.socket) -> int:
+def owner_of(socket: _socket.socket) -> int:
+    """The user that a socket belongs to."""
     return os.fstat(socket.fileno()).st_uid
 
 
-def _can_bind(socket: _socket.socket, address: str, port: int) -> bool:
-    try:
-        socket.bind((address, port))
-    except OSError:
-        return False
-    return True
+def _give(socket: _socket.socket, owner: int) -> None:
+    if owner_of(socket) != owner:
+        os.fchown(socket.fileno(), owner, -1)
 
 
-def _make_scrub(family: int) -> tuple[_socket.socket, str]:
-    """A throw-away socket, and a random address that the kernel does not take for equal to one of this family.
-
-    For the kernel an address is equal to a wildcard of its own family, so the scrub is of the other one.
-    """
-    try:
-        scrub = new_socket(AF_INET6 if family == AF_INET else AF_INET)
-    except OSError as error:
-        if error.errno != errno.EAFNOSUPPORT:
-            raise
-        scrub = new_socket(AF_INET)
-    scrub.setsockopt(_socket.IPPROTO_IP, IP_FREEBIND, 1)
-    scrub.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
-    if scrub.family == AF_INET6:
-        scrub.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
-        return scrub, _socket.inet_ntop(AF_INET6, b"\xfd" + os.urandom(15))
-    return scrub, "127.{}.{}.{}".format(*os.urandom(3))
+def is_on_both_families(socket: _socket.socket, host: str) -> bool:
+    """Whether a socket serves both families when it is bound to this address."""
+    return host == _EVERY_SIX and socket.family == AF_INET6 and not socket.getsockopt(IPPROTO_IPV6, IPV6_V6ONLY)
 
 
-def _is_on_all_addresses(socket: _socket.socket) -> bool:
-    return (
-        socket.family == AF_INET6
-        and socket.getsockname()[0] == "::"
-        and not socket.getsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY)
-    )
+def host_of(socket: _socket.socket, host: str = "") -> str:
+    """The address that a socket is bound to, or is to be: `*` for both families, a mapped IPv4 one in its own form."""
+    host = host or socket.getsockname()[0]
+    if is_on_both_families(socket, host):
+        return "*"
+    return host.removeprefix("::ffff:") if "." in host else host
 
 
-def _is_mptcp(socket: _socket.socket) -> bool:
-    return socket.proto == IPPROTO_MPTCP
+def overlap(one: str, other: str) -> bool:
+    """Whether two addresses, `*` for both families, have one in common."""
+    if "*" in (one, other) or one == other:
+        return True
+    return (":" in one) == (":" in other) and not {one, other}.isdisjoint((_EVERY_FOUR, _EVERY_SIX))
 
 
 def new_socket(family: int, kind: int = SOCK_STREAM) -> _socket.socket:
+    """A socket that becomes none of the standard streams."""
     socket = _socket.socket(family, kind)
     if socket.fileno() >= _FIRST_FREE_FD:
         return socket

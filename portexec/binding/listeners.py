@@ -8,9 +8,10 @@ import os
 import sys
 from _socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
 
-from portexec.binding.guard import Flip, Guard, has_ipv6, listen_past, new_socket
+from portexec.binding.guard import Flip, Guard, has_ipv6, new_socket
 from portexec.binding.refusals import cannot_listen, exhausted, none_free
 from portexec.binding.spec import ListenSpec
+from portexec.command.undo import Undo
 from portexec.errors import ListenError, reason
 
 TYPE_CHECKING = False
@@ -30,11 +31,11 @@ class Listener:
     """A number, with the address and the name it goes by, and the socket that listens on it.
 
     `kind` is "tcp", "udp" or "unix". `host` is what a client should use, in brackets if it is IPv6; for unix it is empty,
-    `path` is set, with its `file` as `unix_sockets` tells it, and `port` is 0. There is no `socket` when the command is to bind
+    `path` is set and `port` is 0. There is no `socket` when the command is to bind
     the number itself.
     """
 
-    __slots__ = ("file", "host", "kind", "name", "named", "path", "port", "socket")
+    __slots__ = ("host", "kind", "name", "named", "path", "port", "socket")
 
     def __init__(
         self,
@@ -44,7 +45,6 @@ class Listener:
         host: str = "",
         port: int = 0,
         path: str = "",
-        file: tuple[int, int] | None = None,
         socket: _socket.socket | None = None,
         named: bool = True,
     ) -> None:
@@ -53,14 +53,15 @@ class Listener:
         self.host = host
         self.port = port
         self.path = path
-        self.file = file
         self.socket = socket
         self.named = named
 
-    def follow(self, hosts: Sequence[str]) -> None:
-        """Take the address at which the command really listens, unless one of them covers the one that it was given."""
-        if not any(covers(host, self.host.strip("[]")) for host in hosts if host):
-            self.host = next((in_url(_CLIENT_HOST.get(host, host)) for host in hosts if host), self.host)
+    def at(self, hosts: Sequence[str]) -> Listener:
+        """The listener as it is once the command listens at these addresses: at its own, if one of them covers that."""
+        if any(covers(host, self.host.strip("[]")) for host in hosts if host):
+            return self
+        host = next((in_url(_CLIENT_HOST.get(host, host)) for host in hosts if host), self.host)
+        return Listener(self.name, self.kind, host=host, port=self.port, path=self.path, socket=self.socket, named=self.named)
 
     @property
     def url(self) -> str:
@@ -76,16 +77,17 @@ class Bound:
     `guards` has one guard for each number; listeners may share a number on different addresses.
     """
 
-    __slots__ = ("backlog", "guards", "listeners")
+    __slots__ = ("backlog", "guards", "listeners", "undo")
 
-    def __init__(self, backlog: int) -> None:
+    def __init__(self, backlog: int, undo: Undo) -> None:
         self.backlog = backlog
+        self.undo = undo
         self.listeners: list[Listener] = []
         self.guards: dict[int, Guard] = {}
 
     def guard_descriptors(self) -> tuple[int, ...]:
         """The descriptors of all guards."""
-        return tuple(socket.fileno() for guard in self.guards.values() for socket in guard.sockets)
+        return tuple(guard.fileno() for guard in self.guards.values())
 
     def open_to_reusers(self) -> None:
         """Let the guards give way to whoever sets SO_REUSEADDR. Never before a guard is bound: two of them could then have
@@ -95,7 +97,7 @@ class Bound:
             guard.set(SO_REUSEADDR, 1)
 
     def release_guards(self) -> None:
-        """Close our copies of guards that another process has."""
+        """Close our copies of the guards."""
         for guard in self.guards.values():
             guard.close()
 
@@ -109,7 +111,7 @@ class Bound:
             if listener.kind == "unix" and listener.socket is not None and _has_hung_up(listener.socket):
                 fd = listener.socket.detach()
                 os.close(fd)
-                listener.socket, listener.file = _listen_unix(listener.path, self.backlog)
+                listener.socket = _listen_unix(listener.path, self.backlog, self.undo)
                 if listener.socket.fileno() != fd:
                     os.dup2(listener.socket.fileno(), fd, inheritable=False)
                     listener.socket.close()
@@ -120,7 +122,20 @@ class Bound:
         for listener in self.listeners:
             socket = listener.socket
             if listener.kind == "tcp" and socket is not None and not socket.getsockopt(SOL_SOCKET, _socket.SO_ACCEPTCONN):
-                _listen_again(self.guards.get(listener.port), socket, self.backlog)
+                self._listen_again(listener.port, socket)
+
+    def _listen_again(self, port: int, socket: _socket.socket) -> None:
+        guard = self.guards.get(port)
+        if guard is None:
+            socket.listen(self.backlog)
+            return
+        with Flip(guard, socket, socket.getsockname()[0], lambda: self.sockets_on(port, but=socket)):
+            socket.listen(self.backlog)
+
+    def sockets_on(self, port: int, but: _socket.socket | None = None) -> list[_socket.socket]:
+        """The TCP listeners of this number that we have, without one."""
+        found = (listener.socket for listener in self.listeners if listener.kind == "tcp" and listener.port == port)
+        return [socket for socket in found if socket is not None and socket is not but]
 
     def close(self) -> None:
         """Give everything back: close the sockets, and remove the unix sockets that were made."""
@@ -129,30 +144,22 @@ class Bound:
         for listener in self.listeners:
             if listener.socket is not None:
                 listener.socket.close()
-        self.remove_paths()
+        self.undo.run()
         self.listeners.clear()
         self.guards.clear()
 
-    def remove_paths(self) -> None:
-        """Remove the unix sockets that were made from the file system."""
-        for listener in self.listeners:
-            if listener.path:
-                from portexec.binding import unix
 
-                unix.remove(listener.path, listener.file)
-
-
-def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) -> Bound:
+def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0, undo: Undo | None = None) -> Bound:
     """Choose and guard a number for every spec.
 
     `listening`: make a listening socket for each, with this backlog (0 for the greatest). Otherwise the command is to bind
-    the number itself.
+    the number itself. What is made in the file system is recorded in `undo`.
     Raises ListenError, with nothing left bound, when any of them cannot be had.
     """
-    bound = Bound(backlog or _socket.SOMAXCONN)
+    bound = Bound(backlog or _socket.SOMAXCONN, undo or Undo())
     try:
         for spec in specs:
-            bound.listeners.append(_bind(spec, bound.guards, bound.backlog if listening else None))
+            bound.listeners.append(_bind(spec, bound, is_listening=listening))
     except OSError as error:
         bound.close()
         raise exhausted(error) from error
@@ -162,15 +169,16 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0) 
     return bound
 
 
-def _bind(spec: ListenSpec, guards: dict[int, Guard], backlog: int | None) -> Listener:
+def _bind(spec: ListenSpec, bound: Bound, *, is_listening: bool) -> Listener:
+    backlog = bound.backlog if is_listening else None
     if spec.kind == "unix":
-        socket, file = _listen_unix(spec.address, backlog)
-        return Listener(spec.name, "unix", path=spec.address, file=file, socket=socket, named=spec.named)
+        socket = _listen_unix(spec.address, bound.backlog, bound.undo)
+        return Listener(spec.name, "unix", path=spec.address, socket=socket, named=spec.named)
     family, address = _resolve(spec)
     if spec.kind == "udp":
         socket = _first_free(spec, lambda number: _bind_udp(family, address(number), spec))
     else:
-        socket = _first_free(spec, lambda number: _bind_tcp(family, address, number, spec, guards, backlog))
+        socket = _first_free(spec, lambda number: _bind_tcp(family, address, number, spec, bound, backlog))
     host, port = socket.getsockname()[:2]
     if backlog is None:
         socket.close()
@@ -193,24 +201,25 @@ def _has_hung_up(socket: _socket.socket | None) -> bool:
     return bool(poll.poll(0))
 
 
-def _listen_unix(path: str, backlog: int | None) -> tuple[_socket.socket, tuple[int, int] | None]:
+def _listen_unix(path: str, backlog: int, undo: Undo) -> _socket.socket:
     from portexec.binding import unix
 
     socket = new_socket(AF_UNIX)
     try:
-        return socket, unix.listen(socket, path, backlog or _socket.SOMAXCONN)
+        unix.listen(socket, path, backlog, undo)
     except OSError as error:
         socket.close()
         raise cannot_listen(f"unix:{path}", error) from error
     except BaseException:
         socket.close()
         raise
+    return socket
 
 
 def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
     """The family of the spec's address, and a function from a number to what bind(2) takes."""
     if spec.address == "*":
-        return (AF_INET6, lambda number: ("::", number)) if has_ipv6() else (AF_INET, lambda number: ("", number))
+        return (AF_INET6, lambda number: ("::", number)) if has_ipv6() else (AF_INET, lambda number: ("0.0.0.0", number))
     try:
         # As bytes: for a str Python imports its codec for international names, which takes as long as all the rest.
         host_name = spec.address.encode() if spec.address.isascii() else spec.address
@@ -254,34 +263,28 @@ def _bind_tcp(
     address: Callable[[int], Address],
     number: int,
     spec: ListenSpec,
-    guards: dict[int, Guard],
+    bound: Bound,
     backlog: int | None,
 ) -> _socket.socket:
     """Guard the number, unless we do already, and get a socket of ours past the guard; it listens if it is to."""
     if not LINUX:
         return _bind_unguarded(family, address(number), spec, backlog)
-    guard = guards.get(number) or Guard(number)
+    guard = bound.guards.get(number) or Guard(number)
     socket = None
     try:
-        if backlog is None and spec.address == "*":
-            # The guard itself shows that it can be had; a flip for this address could not be scrubbed.
-            guards[guard.port] = guard
-            return _socket.socket(-1, -1, -1, os.dup(guard.sockets[0].fileno()))
         socket = _inet_socket(family, spec)
-        is_on_all_addresses = family == AF_INET6 and spec.address == "*"
-        with Flip(guard, socket):
-            socket.bind(address(guard.port))
-            if backlog is not None and not is_on_all_addresses:
+        sockaddr = address(guard.port)
+        with Flip(guard, socket, sockaddr[0], lambda: bound.sockets_on(guard.port)):
+            socket.bind(sockaddr)
+            if backlog is not None:
                 socket.listen(backlog)
-        if backlog is not None and is_on_all_addresses:
-            listen_past(guard, socket, lambda: socket.listen(backlog))
     except BaseException:
         if socket is not None:
             socket.close()
-        if guard.port not in guards:
+        if guard.port not in bound.guards:
             guard.close()
         raise
-    guards[guard.port] = guard
+    bound.guards[guard.port] = guard
     return socket
 
 
@@ -319,12 +322,3 @@ def in_url(host: str) -> str:
 def covers(one: str, other: str) -> bool:
     """Whether a listener on one address gets what is sent to the other; `*` stands for both families."""
     return one in (other, "*") or (one == "0.0.0.0" and ":" not in other) or (one == "::" and ":" in other)
-
-
-def _listen_again(guard: Guard | None, socket: _socket.socket, backlog: int) -> None:
-    """Not by `listen_past`: others have copies of the guard, which could not step aside."""
-    if guard is None:
-        socket.listen(backlog)
-        return
-    with Flip(guard, socket):
-        socket.listen(backlog)

@@ -76,6 +76,11 @@ def listening_inodes(port: int) -> set[int]:
     return {socket.inode for socket in _listening(port)}
 
 
+def listeners_on(port: int) -> dict[int, str]:
+    """The inode and the address, as in `listening_hosts`, of each socket that listens on this number."""
+    return {socket.inode: socket.host for socket in _listening(port)}
+
+
 def listening_hosts(port: int) -> list[str]:
     """The addresses at which somebody listens on this number, `*` for both families."""
     return [socket.host for socket in _listening(port)]

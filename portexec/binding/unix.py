@@ -15,36 +15,32 @@ import os
 import stat
 import time
 
+from portexec.command.undo import Undo, file_at
 from portexec.errors import ListenError
-
-ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)
+from portexec.kernel import ENDING_SIGNALS
 
 _MUTEX_TRIES = 400
 _MUTEX_PAUSE = 0.005  # seconds
 
-_made: dict[str, tuple[int, int] | None] = {}  # what this process has in the file system: paths, with their `file`
 
+def listen(socket: _socket.socket, path: str, backlog: int, undo: Undo) -> None:
+    """Bind and listen on a path, or on an abstract name for `@NAME`. Access is what the umask leaves.
 
-def listen(socket: _socket.socket, path: str, backlog: int) -> tuple[int, int] | None:
-    """Bind and listen on a path, or on an abstract name for `@NAME`. Access is what the umask leaves. Returns its `file`.
-
+    A file that was made is recorded in `undo`.
     Raises ListenError when something that is alive, or is no socket, is in the way; OSError for the rest.
     """
     if path.startswith("@"):
         socket.bind(address(path))
         socket.listen(backlog)
-        return None
+        return
     mutex = _take_mutex(path)
     mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, ENDING_SIGNALS)  # while there may be a file of which nobody knows
     try:
         _bind_path(socket, path)
-        made = _made[path] = file(path)
-        try:
-            socket.listen(backlog)
-        except BaseException:
-            remove(path, made)
-            raise
-        return made
+        made = file_at(path)
+        if made is not None:
+            undo.record_socket(path, *made)
+        socket.listen(backlog)
     finally:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
         mutex.close()
@@ -53,31 +49,6 @@ def listen(socket: _socket.socket, path: str, backlog: int) -> tuple[int, int] |
 def address(name: str) -> str:
     """What the kernel takes for a path, or for `@NAME`."""
     return f"\0{name[1:]}" if name.startswith("@") else name
-
-
-def file(path: str) -> tuple[int, int] | None:
-    """Device and inode of what is at a path now, by which it is known again; None if nothing is."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def remove(path: str, made: tuple[int, int] | None) -> None:
-    """Remove a unix socket of ours from its path, unless something else has taken its place."""
-    if made is not None and file(path) == made:
-        try:
-            os.unlink(path)
-        except OSError:
-            pass
-    _made.pop(path, None)
-
-
-def remove_all() -> None:
-    """Remove all that this process has made and not yet removed."""
-    for path, made in list(_made.items()):
-        remove(path, made)
 
 
 def _take_mutex(path: str) -> _socket.socket:

@@ -41,6 +41,10 @@ class Choice:
         self.named = named
         self.is_final = is_final
 
+    def noting(self, more: str) -> Choice:
+        """The same choice, with one more thing to say of it."""
+        return Choice(self.hand_off, f"{self.why}; {more}", named=self.named, is_final=self.is_final)
+
 
 class Plan:
     """How a command is run: everything that `execute` needs, and nothing that it has to decide.
@@ -70,6 +74,30 @@ class Plan:
         self.first_fd = first_fd
         self.kept = kept
         self.for_pid = for_pid
+
+    def keeping(self, kept: tuple[int, ...]) -> Plan:
+        """The same plan with other descriptors that are kept."""
+        return Plan(
+            self.file,
+            self.argv,
+            self.environment,
+            passed=self.passed,
+            first_fd=self.first_fd,
+            kept=kept,
+            for_pid=self.for_pid,
+        )
+
+    def with_variable(self, name: str, value: str) -> Plan:
+        """The same plan with one more variable in the environment of the command."""
+        return Plan(
+            self.file,
+            self.argv,
+            {**self.environment, name: value},
+            passed=self.passed,
+            first_fd=self.first_fd,
+            kept=self.kept,
+            for_pid=self.for_pid,
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and all(getattr(self, s) == getattr(other, s) for s in self.__slots__)
@@ -105,7 +133,9 @@ def choose(
         )
     for only, options in ((FD, fd_only), (GUARD, guard_only)):
         if options and hand_off != only:
-            raise UsageError(f"{options[0]} needs hand-off {only}, and this is {hand_off}: {why}", "leave one of the two out")
+            raise UsageError(
+                f"needs hand-off {only}, and this is {hand_off}: {why}", "leave one of the two out", about=options[0]
+            )
     is_final = requested != AUTO or bool(guard_only)
     return Choice(hand_off, why, named=hand_off == FD and bool(sign), is_final=is_final)
 
@@ -128,12 +158,14 @@ def parse_remap(texts: Iterable[str], specs: Sequence[ListenSpec]) -> dict[int, 
     for text in texts:
         digits, equals, name = text.partition("=")
         if not (digits.isascii() and digits.isdigit() and len(digits) < 6 and 0 < int(digits) < 65536):
-            raise UsageError(f"--remap {text!r} names no port", "write --remap PORT or --remap PORT=NAME")
+            raise UsageError(f"{text!r} names no port", "write --remap PORT or --remap PORT=NAME", about="--remap")
         if int(digits) in remap:
-            raise UsageError(f"--remap has port {digits} twice", "a port can become only one listener's")
+            raise UsageError(f"has port {digits} twice", "a port can become only one listener's", about="--remap")
         names = [spec.name for spec in specs]
         if equals and name not in names:
-            raise UsageError(f"--remap {text}: there is no listener {name!r}", f"the listeners are: {', '.join(names)}")
+            raise UsageError(
+                f"{text}: there is no listener {name!r}", f"the listeners are: {', '.join(names)}", about="--remap"
+            )
         remap[int(digits)] = name if equals else names[0]
     return remap
 

@@ -8,51 +8,26 @@ from __future__ import annotations
 
 import _signal
 import errno
-import fcntl
 import os
 import stat
 
 from portexec.binding.listeners import Listener
+from portexec.command.undo import Undo
 from portexec.errors import PortexecError, reason
+from portexec.kernel import ENDING_SIGNALS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _MODE = 0o644
-_STDERR = 2
-_PATIENCE = 1000  # milliseconds
-_ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)
+_TRIES = 100
 
 
-def say(text: str) -> None:
-    """Write lines to stderr, in one piece; a stderr that is closed or full is nobody's failure."""
-    data = os.fsencode(text)
-    try:
-        while data:
-            data = data[os.write(_STDERR, data) :]
-    except OSError:
-        pass
-
-
-def say_if_heard(text: str) -> None:
-    """The same for a parent, who has to hear signals meanwhile: it waits for room for a second, and then says nothing."""
-    import select
-
-    poll = select.poll()
-    poll.register(_STDERR, select.POLLOUT)
-    data = os.fsencode(text)
-    try:
-        while data and poll.poll(_PATIENCE):
-            data = data[os.write(_STDERR, data[: select.PIPE_BUF]) :]  # so much goes in without blocking, pipe(7)
-    except OSError:
-        pass
-
-
-def announcement(listeners: Sequence[Listener]) -> str:
-    """`portexec: http://127.0.0.1:41507`; with several listeners a line each, the name before the address."""
+def announcement(listeners: Sequence[Listener]) -> list[str]:
+    """`http://127.0.0.1:41507`; with several listeners a line each, the name before the address."""
     named = len(listeners) > 1
-    return "".join(f"portexec: {listener.name + ' ' if named else ''}{listener.url}\n" for listener in listeners)
+    return [f"{listener.name + ' ' if named else ''}{listener.url}" for listener in listeners]
 
 
 def announcement_json(listeners: Sequence[Listener], hand_off: str, first_fd: int | None) -> str:
@@ -77,74 +52,38 @@ def described(listeners: Sequence[Listener], first_fd: int | None) -> list[dict[
     return described
 
 
-class Published:
-    """The files that were written, so that they can be withdrawn.
-
-    `lines` is what was appended to the export file if that is a file of ours, which was not there before; else it is empty.
-    """
-
-    __slots__ = ("export", "lines", "port", "port_file")
-
-    def __init__(self, port_file: str | None, port: int, export: str | None, lines: bytes) -> None:
-        self.port_file = port_file
-        self.port = port
-        self.export = export
-        self.lines = lines
-
-    def withdraw(self) -> None:
-        """Remove the files that are still ours: a port file with our number, an export file with nothing but our lines."""
-        if self.port_file is not None:
-            _remove_if_it_has(self.port_file, b"%d\n" % self.port)
-        if self.export is not None and self.lines:
-            _remove_if_it_has(self.export, self.lines)
-
-
-def publish_files(port_file: str | None, export: str | None, port: int, variables: Mapping[str, str]) -> Published:
+def publish_files(port_file: str | None, export: str | None, port: int, variables: Mapping[str, str], undo: Undo) -> None:
     """Write the port file and append to the export file; raise PortexecError with neither changed if one cannot be.
 
-    Signals that would end us wait until it is done.
+    What was made is recorded in `undo`. Signals that would end us wait until it is done.
     """
-    mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, _ENDING_SIGNALS)
+    mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         temporary = _prepare_port_file(port_file, port) if port_file is not None else None
-        lines = lines_of(variables)
+        lines = os.fsencode("".join(f"{name}={value}\n" for name, value in variables.items()))
         try:
-            appended, is_new = _append(export, lines) if export else (0, False)
+            is_new = _append(export, lines) if export is not None else False
         except PortexecError:
             if temporary is not None:
                 os.unlink(temporary)
             raise
+        if export is not None and is_new:
+            undo.record_file(export, lines)
         if port_file is not None and temporary is not None:
-            try:
-                os.rename(temporary, port_file)
-            except OSError as error:
-                os.unlink(temporary)
-                _take_back(export, appended)
-                raise _cannot_write("port file", port_file, error) from error
-        return Published(port_file, port, export, lines if is_new else b"")
+            _put_in_place(temporary, port_file, export, lines)
+            undo.record_file(port_file, b"%d\n" % port)
     finally:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
 
 
-def lines_of(variables: Mapping[str, str]) -> bytes:
-    """What is appended to an export file."""
-    return os.fsencode("".join(f"{name}={value}\n" for name, value in variables.items()))
-
-
-def _remove_if_it_has(path: str, content: bytes) -> None:
-    """Remove a file that has this content and no other."""
+def _put_in_place(temporary: str, port_file: str, export: str | None, lines: bytes) -> None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        _lock(fd)
-        if os.read(fd, len(content) + 1) == content and os.path.samestat(os.fstat(fd), os.lstat(path)):
-            os.unlink(path)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
+        os.rename(temporary, port_file)
+    except OSError as error:
+        os.unlink(temporary)
+        if export is not None:
+            _take_back(export, lines)
+        raise _cannot_write("port file", port_file, error) from error
 
 
 def _prepare_port_file(path: str, port: int) -> str:
@@ -186,65 +125,68 @@ def _require_replaceable(path: str) -> None:
         raise OSError(errno.EEXIST, "there is something that is no regular file")
 
 
-def _append(path: str, lines: bytes) -> tuple[int, bool]:
-    """Append whole lines in one write(2), which O_APPEND keeps apart from those of other launches.
+def _append(path: str, lines: bytes) -> bool:
+    """Append whole lines in one write(2), which O_APPEND keeps apart from those of other launches. Whether the file is new.
 
-    Returns how many bytes that were, and whether the file is new.
+    Another launch may withdraw the file meanwhile. Then the lines went into a file that is nobody's, and are written again.
     """
     try:
-        fd, is_new = _open_to_append(path)
+        for _ in range(_TRIES):
+            fd, is_new = _open_to_append(path)
+            try:
+                _append_to(fd, lines)
+                if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                    return is_new
+            except FileNotFoundError:
+                pass
+            finally:
+                os.close(fd)
+        raise OSError(errno.EAGAIN, "other launches withdraw it all the time")
     except OSError as error:
         raise _cannot_write("export file", path, error) from error
+
+
+def _append_to(fd: int, lines: bytes) -> None:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    is_unfinished = status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n"
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        unfinished = status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n"
-        data = b"\n" + lines if unfinished else lines
-        try:
-            _write_all(fd, data)
-        except OSError:
-            os.ftruncate(fd, status.st_size)
-            raise
-    except OSError as error:
-        raise _cannot_write("export file", path, error) from error
-    finally:
-        os.close(fd)
-    return len(data), is_new
+        _write_all(fd, b"\n" + lines if is_unfinished else lines)
+    except OSError:
+        os.ftruncate(fd, status.st_size)
+        raise
 
 
 def _open_to_append(path: str) -> tuple[int, bool]:
-    """Open and lock a file, and tell whether it was made. One that another launch withdraws meanwhile is made anew."""
+    """Open a file, and tell whether it was made."""
     flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     while True:
         try:
-            fd, is_new = os.open(path, flags | os.O_CREAT | os.O_EXCL, _MODE), True
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, _MODE), True
         except FileExistsError:
             try:
-                fd, is_new = os.open(path, flags), False
+                return os.open(path, flags), False
             except FileNotFoundError:
-                continue
-        _lock(fd)
-        if os.fstat(fd).st_nlink:
-            return fd, is_new
-        os.close(fd)
+                continue  # another launch has withdrawn it
 
 
-def _lock(fd: int) -> None:
-    """Keep other launches out until the descriptor is closed, where the file system can."""
+def _take_back(path: str, lines: bytes) -> None:
+    """Cut our lines off the export file, which nobody has been told of yet, if they are the last."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        rest = os.fstat(fd).st_size - len(lines)
+        if os.pread(fd, len(lines), rest) == lines:
+            os.ftruncate(fd, rest)
+            if not rest:
+                os.unlink(path)
     except OSError:
         pass
-
-
-def _take_back(path: str | None, length: int) -> None:
-    """Cut off the last bytes of the export file, which nobody has been told of yet."""
-    if path is not None and length:
-        try:
-            os.truncate(path, os.stat(path).st_size - length)
-        except OSError:
-            pass
+    finally:
+        os.close(fd)
 
 
 def _cannot_write(what: str, path: str | None, error: OSError) -> PortexecError:

@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import os
 import select
+import time
 
-from portexec.command import publish
+from portexec.command.publish import described
+from portexec.kernel import STDERR
+from portexec.parent.loop import sleep, writable
+from portexec.say import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from portexec.binding.listeners import Listener
     from portexec.launch import Launch
 
-_STDERR = 2
+_PROGRESS = (5, 15, 30, 60)  # seconds after which a person who waits is told for what; then each minute
 
 
 class Reporter:
     """Says what is to be said, and what nobody wants to hear does not."""
 
-    def __init__(
-        self, launch: Launch, *, ready_fd: int | None, control_fd: int | None, is_quiet: bool, is_verbose: bool
-    ) -> None:
-        self.launch = launch
-        self.ready_fd = ready_fd
-        self.control_fd = control_fd
-        self.is_quiet = is_quiet
-        self.is_verbose = is_verbose
+    def __init__(self, launch: Launch) -> None:
+        self.hand_off = launch.choice.hand_off
+        self.first_fd = launch.first_fd
+        self.ready_fd = launch.request.lifetime.ready_fd
+        self.control_fd = launch.request.lifetime.control_fd
+        self.is_quiet = launch.request.chosen.quiet
+        self.is_verbose = launch.request.chosen.verbose
 
     def error(self, text: str) -> None:
         """Something has failed, and the run goes on."""
-        publish.say_if_heard(f"portexec: error: {text}\n")
+        say(f"error: {text}")
 
     def note(self, text: str) -> None:
         """Something that a person should know."""
         if not self.is_quiet:
-            publish.say_if_heard(f"portexec: note: {text}\n")
+            say(f"note: {text}")
 
     def detail(self, text: str) -> None:
         """Something for `-v`."""
         if self.is_verbose:
-            publish.say_if_heard(f"portexec: {text}\n")
+            say(text)
+
+    async def show_progress(self, what: Callable[[], str]) -> None:
+        """Tell from time to time what the command is waited for to do. Never returns."""
+        began, passed = time.monotonic(), 0
+        while True:
+            passed = next((moment for moment in _PROGRESS if moment > passed), passed + _PROGRESS[-1])
+            await sleep(began + passed - time.monotonic())
+            self.note(f"{passed} s: waiting for the command to {what()}")
 
     def tell(self, event: str, **fields: object) -> None:
         """An event for the program at the control descriptor."""
@@ -47,15 +61,15 @@ class Reporter:
 
             control.tell(self.control_fd, event, **fields)
 
-    def tell_bound(self) -> None:
+    def tell_bound(self, listeners: Sequence[Listener]) -> None:
         """What was bound, for that program, before the command starts."""
-        self.tell("bound", hand_off=self.launch.choice.hand_off, listeners=self._listeners())
+        self.tell("bound", hand_off=self.hand_off, listeners=described(listeners, self.first_fd))
 
-    def tell_ready(self, pid: int) -> None:
+    def tell_ready(self, pid: int, listeners: Sequence[Listener]) -> None:
         """That the command is ready, and where it really listens."""
-        self.tell("ready", pid=pid, listeners=self._listeners())
+        self.tell("ready", pid=pid, listeners=described(listeners, self.first_fd))
 
-    async def announce_ready(self, command_pid: int) -> None:
+    async def announce_ready(self, command_pid: int, listeners: Sequence[Listener]) -> None:
         """One JSON line to the descriptor of `--ready-fd`, which is closed then. A slow reader keeps nobody else waiting."""
         fd, self.ready_fd = self.ready_fd, None
         if fd is None:
@@ -65,27 +79,22 @@ class Reporter:
         told = {
             "pid": os.getpid(),
             "command_pid": command_pid,
-            "hand_off": self.launch.choice.hand_off,
-            "listeners": self._listeners(),
+            "hand_off": self.hand_off,
+            "listeners": described(listeners, self.first_fd),
         }
         try:
             await _write(fd, json.dumps(told).encode() + b"\n")
         except OSError:
             pass  # nobody wants to know any more
-        if fd > _STDERR:
+        if fd > STDERR:
             os.close(fd)
-
-    def _listeners(self) -> list[dict[str, str | int]]:
-        return publish.described(self.launch.bound.listeners, self.launch.first_fd)
 
 
 async def _write(fd: int, data: bytes) -> None:
     """Write when there is room. A pipe that can be written to takes PIPE_BUF bytes without blocking, pipe(7)."""
-    import anyio
-
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     while data:
         if not poll.poll(0):
-            await anyio.wait_writable(fd)
+            await writable(fd)
         data = data[os.write(fd, data[: select.PIPE_BUF]) :]

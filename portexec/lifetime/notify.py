@@ -10,11 +10,12 @@ import os
 import struct
 
 from portexec.binding import unix
+from portexec.command.undo import Undo, file_at
 from portexec.errors import PortexecError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 VARIABLE = "NOTIFY_SOCKET"
 PASSED_ON = ("READY", "STATUS")  # what our own service manager is told, too
@@ -32,8 +33,8 @@ class NotifySocket:
     namespace, which abstract names do not reach; only our own user can send there.
     """
 
-    def __init__(self, name: str = "") -> None:
-        """Raises PortexecError when the name cannot be had."""
+    def __init__(self, name: str, undo: Undo) -> None:
+        """Raises PortexecError when the name cannot be had. A file is recorded in `undo`."""
         self.name = name or f"@portexec-{os.urandom(16).hex()}"
         self.socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
         self.socket.setsockopt(_socket.SOL_SOCKET, _SO_PASSCRED, 1)
@@ -46,24 +47,22 @@ class NotifySocket:
             raise PortexecError(f"cannot make the notify socket {self.name}: {reason(error)}", "choose another name") from error
         finally:
             os.umask(mask)
-        self._file = None if self.name.startswith("@") else unix.file(self.name)
+        made = None if self.name.startswith("@") else file_at(self.name)
+        if made is not None:
+            undo.record_socket(self.name, *made)
 
-    def receive(self) -> tuple[int, dict[str, str]] | None:
-        """The next message: the sender's pid and the fields; None where it was not from our own user or root."""
-        try:
-            data, ancillary, _, _ = self.socket.recvmsg(_MAX_DATAGRAM, _socket.CMSG_SPACE(_CREDENTIALS.size))
-        except OSError:
-            return None
-        for level, kind, credentials in ancillary:
-            if (level, kind) == (_socket.SOL_SOCKET, _SCM_CREDENTIALS):
-                pid, uid, _ = _CREDENTIALS.unpack(credentials)
-                if uid in (0, os.geteuid()):
-                    return pid, _fields(data)
-        return None
-
-    def remove_path(self) -> None:
-        """Remove the socket from the file system. It is closed by the end of portexec."""
-        unix.remove(self.name, self._file)
+    def received(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """The messages that are there by now, each with the pid of its sender: those of our own user or root."""
+        while True:
+            try:
+                data, ancillary, _, _ = self.socket.recvmsg(_MAX_DATAGRAM, _socket.CMSG_SPACE(_CREDENTIALS.size))
+            except OSError:
+                return
+            for level, kind, credentials in ancillary:
+                if (level, kind) == (_socket.SOL_SOCKET, _SCM_CREDENTIALS):
+                    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+                    if uid in (0, os.geteuid()):
+                        yield pid, _fields(data)
 
 
 def pass_on(fields: Mapping[str, str], name: str) -> None:

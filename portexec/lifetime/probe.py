@@ -16,16 +16,16 @@ import os
 import sys
 from functools import partial
 
-import anyio
-
 from portexec.binding import tables, unix
 from portexec.binding.listeners import Listener
+from portexec.parent.loop import readable, writable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-NO_ANSWER = 599  # stands for the status of an answer that is no HTTP
+NO_ANSWER = 599  # stands for the status of an answer that is not HTTP, or that never came
+FIRST_BAD_STATUS = 500
 _UNKNOWN = -1  # stands for the inode of an end of which only so much is known that it was accepted
 _MAX_STATUS_LINE = 1 << 13
 _TCP_INFO_SIZE = 104
@@ -43,6 +43,7 @@ class Probe:
         self._socket.setblocking(False)
         self._listened = self._listening()
         self._is_reset = False
+        self.status = NO_ANSWER
 
     def __enter__(self) -> Probe:
         return self
@@ -58,7 +59,7 @@ class Probe:
         path = self.listener.path
         code = self._socket.connect_ex(unix.address(path) if path else (self._host, self.listener.port))
         if code == errno.EINPROGRESS:
-            await anyio.wait_writable(self._socket)
+            await writable(self._socket)
             code = self._socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
         if code not in (0, errno.ECONNRESET):
             raise OSError(code, os.strerror(code))
@@ -92,26 +93,26 @@ class Probe:
             self._is_reset = True
         return True
 
-    async def get(self, path: str) -> int:
-        """The status with which a GET for this path is answered."""
+    async def get(self, path: str) -> None:
+        """Send a GET for this path, and note the `status` of the answer."""
         host = "localhost" if self.listener.path else f"{self.listener.host}:{self.listener.port}"
         request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: portexec\r\nAccept: */*\r\nConnection: close\r\n\r\n"
         try:
             await self._send(request.encode())
-            return _status_of(await self._receive_line())
+            self.status = _status_of(await self._receive_line())
         except OSError:
-            return NO_ANSWER
+            pass
 
     async def _send(self, data: bytes) -> None:
         while data:
-            await anyio.wait_writable(self._socket)
+            await writable(self._socket)
             data = data[self._socket.send(data) :]
 
     async def _receive_line(self) -> bytes:
         """The first line of the answer; what comes of it where it is cut off or endless."""
         answer = b""
         while b"\n" not in answer and len(answer) < _MAX_STATUS_LINE:
-            await anyio.wait_readable(self._socket)
+            await readable(self._socket)
             data = self._socket.recv(_MAX_STATUS_LINE)
             if not data:
                 break

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import time
 
-import anyio
-
-from portexec import request as supervision
 from portexec.binding import tables
 from portexec.binding.listeners import Listener, covers
-from portexec.lifetime.probe import Probe
-from portexec.lifetime.start import Generation
-from portexec.parent import tree
+from portexec.lifetime.probe import FIRST_BAD_STATUS, Probe
+from portexec.lifetime.start import Start
+from portexec.parent.loop import first, sleep
+from portexec.procfs import descendants
+from portexec.request import ACCEPT, HTTP, LISTEN, NOTIFY, Ready
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,16 +38,17 @@ class Readiness:
 
     def __init__(
         self,
-        ready: supervision.Ready,
+        ready: Ready,
         listeners: Sequence[Listener],
-        generation: Generation,
+        start: Start,
         *,
         is_admitted: bool,
         is_shared: Callable[[], bool],
     ) -> None:
         self.ready = ready
+        self.all = listeners
         self.listeners = [listener for listener in listeners if listener.kind != "udp"]
-        self.generation = generation
+        self.start = start
         self.is_admitted = is_admitted
         self.is_shared = is_shared
         numbers = [listener.port for listener in self.listeners]
@@ -59,56 +59,54 @@ class Readiness:
     async def wait(self) -> None:
         """Return when the command is ready."""
         form = self.ready.form
-        if form == supervision.NOTIFY:
-            await self.generation.said_ready.wait()
-        elif form == supervision.LISTEN:
+        if form == NOTIFY:
+            await self.start.said.is_ready.wait()
+        elif form == LISTEN:
             for listener in self.listeners:
-                await self._listens(listener)
-        elif form == supervision.ACCEPT:
-            async with anyio.create_task_group() as tasks:
-                for listener in self.listeners:
-                    tasks.start_soon(self._accepts, listener)
-        elif form == supervision.HTTP:
+                await self._listening(listener)
+        elif form == ACCEPT:
+            for listener in self.listeners:
+                await self._accepts(listener)
+        elif form == HTTP:
             await self._answers(self.listeners[0])
-        self.follow()
 
-    def follow(self) -> None:
-        """Take the addresses at which the command really listens, also where nobody asked for them."""
-        for listener in self.listeners:  # admission may still be about to tell
-            if listener.socket is None:
-                listener.follow(self._hosts(listener))
+    def followed(self) -> list[Listener]:
+        """The listeners at the addresses at which the command really listens, also where nobody asked for them."""
+        return [self._at(listener) for listener in self.all]
+
+    def _at(self, listener: Listener) -> Listener:
+        is_followed = listener.socket is None and listener.kind == "tcp"
+        return listener.at(self._hosts(listener)) if is_followed else listener
 
     def what(self) -> str:
         """What is waited for, in words that follow `waiting for the command to`."""
-        if self.ready.form == supervision.NOTIFY:
-            said = f" (it says: {self.generation.status_text})" if self.generation.status_text else ""
+        if self.ready.form == NOTIFY:
+            said = f" (it says: {self.start.said.status})" if self.start.said.status else ""
             return f"send READY=1 to $NOTIFY_SOCKET{said}"
-        if self.ready.form == supervision.HTTP:
+        if self.ready.form == HTTP:
             return f"answer GET {self.listeners[0].url}{self.ready.argument} with a status under 500"
         missing, verb = self._missing, "accept a connection"
-        if self.ready.form == supervision.LISTEN:
+        if self.ready.form == LISTEN:
             missing, verb = [listener for listener in self.listeners if not self._is_listening(listener)], "listen"
         missing = missing or self.listeners  # it does by now
         return f"{verb} on {', '.join(listener.path or f'{listener.host}:{listener.port}' for listener in missing)}"
 
-    async def _listens(self, listener: Listener) -> None:
-        """Wait until the command listens; for the descriptors that we pass on, that is so from the start."""
-        if listener.socket is not None:
-            return
-        while not self._is_listening(listener):
-            await (self.generation.hears_more() if self.is_admitted else self._pause())
-        listener.follow(self._hosts(listener))
+    async def _listening(self, listener: Listener) -> Listener:
+        """Wait until the command listens; where it does. For the descriptors that we pass on, that is so from the start."""
+        while listener.socket is None and not self._is_listening(listener):
+            await (self.start.hears_more() if self.is_admitted else self._pause())
+        return self._at(listener)
 
     def _is_listening(self, listener: Listener) -> bool:
         """Where binds are admitted, nobody else's listener counts."""
-        return bool((not self.is_admitted or listener.port in self.generation.hosts) and self._hosts(listener))
+        return bool((not self.is_admitted or listener.port in self.start.hosts) and self._hosts(listener))
 
     def _hosts(self, listener: Listener) -> list[str]:
         """Where the command listens, as admission saw, or else the kernel tells.
 
         On a number that two listeners share, each has to get the address that it was given.
         """
-        seen = [host for host in self.generation.hosts.get(listener.port, ()) if host]
+        seen = [host for host in self.start.hosts.get(listener.port, ()) if host]
         hosts = seen or tables.listening_hosts(listener.port)
         if listener.port in self._shared_numbers:
             return [host for host in hosts if covers(host, listener.host.strip("[]"))]
@@ -116,11 +114,10 @@ class Readiness:
 
     async def _accepts(self, listener: Listener) -> None:
         while True:
-            await self._listens(listener)
-            with Probe(listener) as probe:
+            with Probe(await self._listening(listener)) as probe:
                 if await self._is_connected(probe) and await self._is_accepted(probe):
                     break
-            await anyio.sleep(_RETRY)
+            await sleep(_RETRY)
         self._missing.remove(listener)
 
     async def _is_connected(self, probe: Probe) -> bool:
@@ -137,18 +134,21 @@ class Readiness:
         return is_taken
 
     def _processes(self) -> set[int]:
-        return tree.descendants(root=self.generation.shim.pid)
+        return descendants(self.start.shim.pid)
 
     async def _answers(self, listener: Listener) -> None:
         """Ask until there is an answer. Some accept only who asks (TCP_DEFER_ACCEPT), so that is not waited for first."""
         while True:
-            await self._listens(listener)
-            with Probe(listener) as probe, anyio.move_on_after(_LONGEST_ANSWER):
-                is_asked = await self._is_connected(probe) and (not self.is_shared() or await self._is_accepted(probe))
-                if is_asked and await probe.get(self.ready.argument) < 500:
+            with Probe(await self._listening(listener)) as probe:
+                asked = self._ask(probe)
+                if await first(asked, within=_LONGEST_ANSWER) == 0 and probe.status < FIRST_BAD_STATUS:
                     return
-            await anyio.sleep(_RETRY)
+            await sleep(_RETRY)
+
+    async def _ask(self, probe: Probe) -> None:
+        if await self._is_connected(probe) and (not self.is_shared() or await self._is_accepted(probe)):
+            await probe.get(self.ready.argument)
 
     async def _pause(self) -> None:
         shortest = max(_SHORTEST_POLL, _POLL_FOR_EACH * len(self.listeners))
-        await anyio.sleep(max(shortest, (time.monotonic() - self._began) / _POLLS))
+        await sleep(max(shortest, (time.monotonic() - self._began) / _POLLS))

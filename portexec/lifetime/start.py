@@ -1,126 +1,220 @@
-"""One start of a command, as portexec sees it: what the shim reports of it, as events that can be waited for."""
+"""One start of a command, from fork to the last process gone, as portexec hears of it from the shim.
+
+    IDLE -> PREPARING -> RUNNING -> READY -> ENDED -> GONE
+
+IDLE is for a lazy start, which waits for its first connection. READY may be left out, and so may all that comes before ENDED.
+ENDED is the end of the command itself, GONE that of all that it has started.
+"""
 
 from __future__ import annotations
 
 import _signal
-import re
 import time
 
-import anyio
-
-from portexec.errors import PortexecError, of_status
+from portexec.errors import PortexecError
+from portexec.parent import link as links
 from portexec.parent import shim as words
-from portexec.parent import tree
-from portexec.parent.shim import Shim
+from portexec.parent import supervisor
+from portexec.parent.child import failure_of
+from portexec.parent.loop import Event
+from portexec.parent.signals import send
+from portexec.parent.witness import ALONE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from portexec.command.undo import Undo
+    from portexec.parent.shim import Shim
 
-_PID = re.compile("[0-9]{1,10}")
+IDLE = "idle"
+PREPARING = "preparing"
+RUNNING = "running"
+READY = "ready"
+ENDED = "ended"
+GONE = "gone"
 
 
-class Generation:
-    """A start of a command by a shim that runs nothing at the moment.
+class End:
+    """How a command ended: a wait status of waitpid(2), or the `failure` that it could not be executed.
 
-    `failure` is set when it could not be executed. `began` is the time of the start, time.monotonic(); None as long as the shim
-    was told nothing.
+    `by_itself`: nobody had told it to. `is_left`: something of it goes on, and its shim with it. `at` is a time.monotonic().
     """
 
-    def __init__(self, shim: Shim, began: float | None = None) -> None:
+    __slots__ = ("at", "by_itself", "failure", "is_left", "wait_status")
+
+    def __init__(
+        self, wait_status: int, *, by_itself: bool, failure: PortexecError | None = None, is_left: bool = False
+    ) -> None:
+        self.wait_status = wait_status
+        self.by_itself = by_itself
+        self.failure = failure
+        self.is_left = is_left
+        self.at = time.monotonic()
+
+
+class Said:
+    """What a command said of itself by sd_notify(3): its main process (0 for none), a text, and whether it is ready."""
+
+    __slots__ = ("is_ready", "main_pid", "status")
+
+    def __init__(self) -> None:
+        self.main_pid = 0
+        self.status = ""
+        self.is_ready = Event()
+
+    def take(self, fields: Mapping[str, str]) -> None:
+        """Take one message."""
+        self.status = "".join(filter(str.isprintable, fields.get("STATUS", self.status)))
+        pid = fields.get("MAINPID", "")
+        if pid.isascii() and pid.isdecimal() and len(pid) <= 10:
+            self.main_pid = int(pid)
+        if fields.get("READY") == "1":
+            self.is_ready.set()
+
+
+class Start:
+    """A start, and the owner of its shim. `hosts` has the addresses at which it listens by number, as far as admission saw.
+
+    `began` is the time of the start, `ready_since` that of readiness, both time.monotonic() and None before.
+    """
+
+    def __init__(self, shim: Shim) -> None:
         self.shim = shim
-        self.began = began
-        self.wait_status = 0
-        self.was_told = False  # to end, before it did
-        self._is_stopped = False  # we have told it
-        self.failure: PortexecError | None = None
-        self.status_text = ""  # what it said by STATUS=
+        self.state = IDLE
+        self.began: float | None = None
         self.ready_since: float | None = None
-        self.ended_at = 0.0  # time.monotonic(), as is that above
-        self.started = anyio.Event()  # executed
-        self.ready = anyio.Event()
-        self.ended = anyio.Event()  # the command itself
-        self.gone = anyio.Event()  # all that it started, too
-        self.said_ready = anyio.Event()  # by READY=1
-        self.hosts: dict[int, list[str]] = {}  # where it listens, as far as admission saw
-        self._heard = anyio.Event()
+        self.said = Said()
+        self.hosts: dict[int, list[str]] = {}
+        self.end: End | None = None
+        self.was_shim_killed = False
+        self.signalled: list[int] = []  # numbers of signals that reached the shim alone, and that nobody has taken yet
+        self.news: list[str] = []  # the states that it has reached, and that nobody has reported yet
         self._pid = 0
-        self._main_pid = 0  # what it said by MAINPID=, which may come before we hear that it runs
+        self._failure: PortexecError | None = None
+        self._is_stopped = False  # we have told it to end
+        self._heard = Event()
+        self._reached = {state: Event() for state in (RUNNING, READY, ENDED, GONE)}
 
     @property
     def pid(self) -> int:
         """The pid of the process that counts: what the command said by MAINPID=, or its own; 0 until it runs."""
-        return self._main_pid or self._pid
+        return self.said.main_pid or self._pid
 
-    def begin(self) -> None:
-        """Have the shim start the command."""
-        self.began = time.monotonic()
-        self.shim.tell(words.PREPARE)
+    def has_reached(self, state: str) -> bool:
+        """Whether it is, or was, in this state."""
+        return self._reached[state].is_set()
 
-    def stop(self, word: bytes = words.STOP) -> None:
-        """Stop its tree, with STOP or KILL. A shim that Ctrl-Z has stopped has to go on for that."""
-        if self.began is None:
-            self._end()
-            self.gone.set()
-        elif not self.shim.is_gone:
-            self._is_stopped = True
-            self.shim.tell(word)
-            tree.continue_if_stopped(self.shim.pid)
+    async def reaches(self, state: str) -> None:
+        """Return when it has reached this state."""
+        await self._reached[state].wait()
 
     def is_running(self) -> bool:
         """Whether the command runs, or is about to: somebody is there to get signals."""
-        return self.began is not None and not self.ended.is_set()
+        return self.state in (PREPARING, RUNNING, READY)
 
-    async def listen(self) -> None:
-        """Follow what the shim says, to the end of this start."""
-        while not self.gone.is_set():
-            await anyio.wait_readable(self.shim.control)
-            self._take(*self.shim.receive())
+    def prepare(self) -> None:
+        """Have the child forked, and wait until it is ready to execute the command. Raises as `Shim.prepare`."""
+        self.began = time.monotonic()
+        self.state = PREPARING
+        self.shim.prepare()
+
+    def go(self, undo: Undo) -> None:
+        """Let a prepared start execute the command."""
+        self.shim.share(undo)
+        self.shim.link.say(words.GO)
+
+    def begin(self, undo: Undo) -> None:
+        """Have the shim start the command, from the beginning."""
+        self.began = time.monotonic()
+        self.state = PREPARING
+        self.shim.share(undo)
+        self.shim.link.say(words.PREPARE)
+
+    def become_ready(self) -> None:
+        """It is ready from now on."""
+        self.ready_since = time.monotonic()
+        self._reach(READY)
+
+    def forward(self, number: int, sender: int) -> None:
+        """Pass on a signal that portexec was sent."""
+        self._say(supervisor.SIGNAL, number, sender)
+
+    def drain(self) -> None:
+        """Tell the command to end, which may take its time."""
+        self._is_stopped = True
+        self._say(supervisor.DRAIN)
+
+    def stop(self, number: int = _signal.SIGTERM, sender: int = ALONE) -> None:
+        """Stop its tree; portexec was sent this signal, or nothing."""
+        if self.state == IDLE:
+            self._has_ended(End(0, by_itself=False))
+            self._reach(GONE)
+            self.shim.leave()
+        else:
+            self._is_stopped = True
+            self._say(supervisor.STOP, number, sender)
+
+    def kill(self) -> None:
+        """End all of it at once."""
+        self._say(supervisor.KILL)
+
+    def take(self) -> None:
+        """Take all that the shim has said."""
+        for kind, fields in self.shim.link.received():
+            self._take(kind, fields)
 
     async def hears_more(self) -> None:
         """Wait until the command listens somewhere else, too, as far as admission sees."""
         await self._heard.wait()
 
-    def take_notification(self, fields: Mapping[str, str]) -> None:
-        """Take what the command said to its service manager, sd_notify(3)."""
-        self.status_text = "".join(filter(str.isprintable, fields.get("STATUS", self.status_text)))
-        if _PID.fullmatch(fields.get("MAINPID", "")):
-            self._main_pid = int(fields["MAINPID"])
-        if fields.get("READY") == "1":
-            self.said_ready.set()
+    def _say(self, kind: bytes, *fields: object) -> None:
+        self.shim.link.say(kind, *fields)
+        if self.shim.link.is_open:
+            send(self.shim.pid, _signal.SIGCONT)  # Ctrl-Z may have stopped it
 
     def _take(self, kind: bytes, fields: list[str]) -> None:
         if kind == words.PREPARED:
-            self.shim.tell(words.GO)
-        elif kind == words.STARTED:
+            self.shim.link.say(words.GO)
+        elif kind == supervisor.STARTED:
             self._pid = int(fields[0])
-            self.started.set()
-        elif kind == words.LISTENING:
+            self._reach(RUNNING)
+        elif kind == supervisor.LISTENING:
             self.hosts.setdefault(int(fields[0]), []).append(fields[1])
-            heard, self._heard = self._heard, anyio.Event()
+            heard, self._heard = self._heard, Event()
             heard.set()
-        elif kind == words.FAILED:
-            self.failure = of_status(int(fields[0]), fields[1], fields[2])
-        elif kind == words.ENDED:
-            self.wait_status, self.was_told = int(fields[0]), bool(fields[1])
-            self._end()
-        elif kind == words.GONE:
-            self._end()
-            self.gone.set()
+        elif kind == supervisor.SIGNALLED:
+            self.signalled.append(int(fields[0]))
+        elif kind == supervisor.FAILED:
+            self._failure = failure_of(fields)
+        elif kind == supervisor.ENDED:
+            end = End(int(fields[0]), by_itself=not fields[1], failure=self._failure, is_left=bool(fields[2]))
+            self._has_ended(end)
         else:
             self._take_last(kind, fields)
 
     def _take_last(self, kind: bytes, fields: list[str]) -> None:
-        """The shim has ended: it could not prepare another start, or was killed."""
+        """The shim has nothing more to do, could not prepare the start, or was killed."""
+        if self.state == GONE:
+            return  # the end of the link, after the last word
         if kind in (words.REFUSED, words.EXHAUSTED):
-            self.failure = PortexecError(f"cannot start the command: {fields[0]}")
-        elif not self.ended.is_set():
-            self.wait_status, self.was_told = _signal.SIGKILL, self._is_stopped
-        self._end()
-        self.gone.set()
+            failure = PortexecError(f"cannot start the command: {fields[0]}")
+            self._has_ended(End(0, by_itself=True, failure=failure))
+        elif kind == links.ENDED and not (self.end and self.end.is_left):
+            self.was_shim_killed = True
+            self._has_ended(End(_signal.SIGKILL, by_itself=not self._is_stopped))
+        else:
+            self._has_ended(End(0, by_itself=False))
+        if kind == supervisor.GONE:
+            self.shim.wait()
+        self._reach(GONE)
 
-    def _end(self) -> None:
-        if not self.ended.is_set():
-            self.ended_at = time.monotonic()
-            self.ended.set()
+    def _has_ended(self, end: End) -> None:
+        if self.end is None:
+            self.end = end
+            self._reach(ENDED)
+
+    def _reach(self, state: str) -> None:
+        self.state = state
+        self.news.append(state)
+        self._reached[state].set()

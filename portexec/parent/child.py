@@ -1,71 +1,174 @@
-"""The child's side of a supervised start: everything between fork and exec.
+"""The child that becomes the command: forked, rehearsed with, and told to go.
 
-    [install the filter -> hand over the notify fd -> rehearse ->] wait for the word -> execute the plan
+    fork -> [install the filter -> hand over the notify fd -> rehearse ->] wait for the word -> execute the plan
 
-What is in brackets belongs to hand-off `guard`. Each step's outcome goes to the parent as a message. The socket closes at
-exec: its end is the news that the command runs.
+What is in brackets belongs to hand-off `guard`. Each step's outcome goes to the parent as a message. The link closes at exec:
+its end is the news that the command runs.
 """
 
 from __future__ import annotations
 
 import _signal
 import _socket
+import errno
 import os
 import sys
 
 from portexec import kernel
 from portexec.admission import seccomp
+from portexec.admission.answer import Admission, Observer
 from portexec.binding.guard import IP_FREEBIND
 from portexec.command import execute
 from portexec.command.plan import Plan
-from portexec.errors import STATUS_FAILURE, PortexecError, reason
-from portexec.parent.signals import Inbox
+from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, of_status, reason
+from portexec.parent.link import Link, pair
+from portexec.parent.loop import first, readable
+from portexec.parent.signals import Inbox, send
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import NoReturn
 
-# What parent and child say to each other, over a SOCK_SEQPACKET pair: the first bytes of messages.
-NOTIFY_FD = b"n"  # child: with the descriptor
-REFUSED = b"r"  # child: errno and reason; the filter cannot be installed
-REHEARSED = b"h"  # child: 1, or the reason why not
-GO = b"g"  # parent: execute the command
-FAILED = b"f"  # child: status, message and hint; the command cannot be executed
+    from portexec.binding.guard import Guard
 
-SEPARATOR = "\0"
+# What the child says.
+NOTIFY_FD = b"n"  # with the descriptor
+REFUSED = b"r"  # errno and reason: the filter cannot be installed
+REHEARSED = b"h"  # nothing, or the reason why the rehearsal failed
+FAILED = b"f"  # status, message and hint: the command cannot be executed
+
+# What the parent says.
+GO = b"g"  # execute the command
+
+_MAX_MESSAGE = 1 << 12
 
 
-def main(control: _socket.socket, plan: Plan, rehearsal_port: int | None, parent: int, inbox: Inbox) -> NoReturn:
+class Child:
+    """A child that waits for the word to go, or that runs the command. `admission` answers its binds, where it has a filter."""
+
+    __slots__ = ("admission", "link", "pid")
+
+    def __init__(self, pid: int, link: Link) -> None:
+        self.pid = pid
+        self.link = link
+        self.admission: Admission | None = None
+
+    def go(self) -> None:
+        """Let it execute the command."""
+        self.link.say(GO)
+
+    def end(self) -> None:
+        """End it, unless it has ended, and wait for it. It has not executed anything."""
+        try:
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                send(self.pid, _signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            pass  # it was waited for already
+        self.link.close()
+        if self.admission is not None:
+            os.close(self.admission.notify_fd)
+
+
+def fork_child(plan: Plan, inbox: Inbox, rehearsal_port: int | None = None) -> Child:
+    """Fork the child for a plan, which waits for the word to go. Raises OSError when resources run out.
+
+    With a number of ours it installs the filter, and wants to rehearse with `rehearse` first.
+    """
+    link, childs_end = pair(plan.first_fd + len(plan.passed))
+    parent = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError:
+        link.close()
+        childs_end.close()
+        raise
+    if pid == 0:
+        link.close()
+        _live(childs_end, plan, rehearsal_port, parent, inbox)
+    childs_end.close()
+    return Child(pid, link)
+
+
+async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> None:
+    """Serve the child's bind and listen on a number of ours, and hear from it whether they worked.
+
+    Raises RefusedError, with the child ended, where this machine does not let us.
+    """
+    try:
+        child.admission = Admission(await _receive_notify_fd(child.link), guards, remap, Observer())
+        await first(readable(child.link), child.admission.answer())
+        child.admission.close_gates()
+        kind, fields = child.link.receive()
+        if kind != REHEARSED or fields[0]:
+            raise RefusedError(f"the rehearsal failed: {fields[0] or 'the child ended'}")
+        if child.admission.was_gated and remap:
+            raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
+    except BaseException:
+        child.end()
+        raise
+
+
+def failure_of(fields: list[str]) -> PortexecError:
+    """The error that the fields of FAILED tell of."""
+    return of_status(int(fields[0]), fields[1], fields[2])
+
+
+async def _receive_notify_fd(link: Link) -> int:
+    await readable(link)
+    message, ancillary, _, _ = link.socket.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
+    if message[:1] == NOTIFY_FD and ancillary:
+        return int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+    code, _, why = message[1:].decode().partition("\0")
+    raise RefusedError(_why_refused(int(code or 0), why or "the child ended"))
+
+
+def _why_refused(code: int, why: str) -> str:
+    meanings = {
+        errno.EBUSY: "another supervisor has the notifications already: a portexec around this one, or a sandbox",
+        errno.EINVAL: "this kernel, or the sandbox around it, has no seccomp notifications",
+        errno.ENOSYS: "this kernel has no seccomp, or not for this machine",
+        errno.EPERM: "seccomp is denied here, by a container's profile or a sandbox",
+        errno.EACCES: "seccomp is denied here, by a container's profile or a sandbox",
+    }
+    return f"{meanings.get(code, 'the filter cannot be installed')} ({why})"
+
+
+# The child's side.
+
+
+def _live(link: Link, plan: Plan, rehearsal_port: int | None, parent: int, inbox: Inbox) -> NoReturn:
     """Run the chain to its end. Never returns into the caller's code, which is the parent's.
 
     Should the parent be killed, the kernel kills us, and sends the command TERM.
     """
     try:
-        kernel.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGKILL)
-        if os.getppid() == parent and (rehearsal_port is None or _install(control)):
-            listener = None if rehearsal_port is None else _rehearse(control, rehearsal_port)
-            if control.recv(1) == GO:  # until then the listener has to be there: it is looked for
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGKILL)
+        if os.getppid() == parent and (rehearsal_port is None or _install(link)):
+            listener = None if rehearsal_port is None else _rehearse(link, rehearsal_port)
+            if link.receive()[0] == GO:  # until then the listener has to be there: it is looked for
                 if listener is not None:
                     listener.close()
-                kernel.prctl(seccomp.PR_SET_PDEATHSIG, _signal.SIGTERM)
+                kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGTERM)
                 inbox.restore()
-                _execute(control, plan)
+                _execute(link, plan)
     finally:
         os._exit(STATUS_FAILURE)
 
 
-def _install(control: _socket.socket) -> bool:
+def _install(link: Link) -> bool:
     try:
         notify_fd = seccomp.install()
     except OSError as error:
-        control.send(REFUSED + f"{error.errno}{SEPARATOR}{reason(error)}".encode())
+        link.say(REFUSED, error.errno, reason(error))
         return False
-    control.sendmsg([NOTIFY_FD], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, notify_fd.to_bytes(4, sys.byteorder))])
+    link.socket.sendmsg([NOTIFY_FD], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, notify_fd.to_bytes(4, sys.byteorder))])
     os.close(notify_fd)
     return True
 
 
-def _rehearse(control: _socket.socket, port: int) -> _socket.socket:
+def _rehearse(link: Link, port: int) -> _socket.socket:
     """Bind and listen on a number of ours, as the command will; the outcome tells what admission can do on this machine.
 
     The address is one that nobody uses, and need not exist. SO_REUSEADDR is for the gated form.
@@ -77,16 +180,15 @@ def _rehearse(control: _socket.socket, port: int) -> _socket.socket:
         address = ("127.{}.{}.{}".format(*os.urandom(3)), port)
         socket.bind(address)
         socket.listen(1)
-        outcome = "1" if socket.getsockname() == address else "another address was bound"
+        problem = "" if socket.getsockname() == address else "another address was bound"
     except OSError as error:
-        outcome = reason(error)
-    control.send(REHEARSED + outcome.encode())
+        problem = reason(error)
+    link.say(REHEARSED, problem)
     return socket
 
 
-def _execute(control: _socket.socket, plan: Plan) -> None:
+def _execute(link: Link, plan: Plan) -> None:
     try:
         execute.execute(plan)
     except PortexecError as error:
-        message = SEPARATOR.join([str(error.status), error.message, error.hint])
-        control.send(FAILED + os.fsencode(message))
+        link.say(FAILED, error.status, error.message, error.hint)

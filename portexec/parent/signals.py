@@ -1,6 +1,6 @@
-"""Signals of the waiting parent: what is forwarded, what is not, stopping and continuing with the command.
+"""Signals of portexec's processes: what is read, what is forwarded, stopping and continuing with the command.
 
-All that we would forward is blocked and read from a signalfd(2), which tells who sent it. What the terminal sends (Ctrl-C,
+All that is forwarded is blocked and read from a signalfd(2), which tells who sent it. What the terminal sends (Ctrl-C,
 Ctrl-Z, a new window size) it sends to the whole process group, the command included, so that is not forwarded.
 """
 
@@ -14,7 +14,7 @@ from portexec import kernel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 FORWARDED = frozenset(
     {
@@ -29,6 +29,14 @@ FORWARDED = frozenset(
         _signal.SIGTSTP,
         _signal.SIGTTIN,
         _signal.SIGTTOU,
+        _signal.SIGALRM,
+        _signal.SIGVTALRM,
+        _signal.SIGPROF,
+        _signal.SIGIO,
+        _signal.SIGPWR,
+        _signal.SIGXCPU,
+        _signal.SIGABRT,
+        _signal.SIGSYS,
         *range(_signal.SIGRTMIN, _signal.SIGRTMAX + 1),
     }
 )
@@ -36,7 +44,7 @@ STOP_REQUESTS = frozenset({_signal.SIGTERM, _signal.SIGINT})
 _JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU})
 
 _INFO_SIZE = 128
-_INFO = struct.Struct("IiiI")  # the begin of struct signalfd_siginfo: number, errno, code and the sender's pid
+_INFO = struct.Struct("IiiI")  # the beginning of struct signalfd_siginfo: number, errno, code and the sender's pid
 _SENT_BY_KERNEL = 0x80  # SI_KERNEL, sigaction(2)
 
 
@@ -65,12 +73,13 @@ class Inbox:
         self._fd = -1
 
     def fileno(self) -> int:
+        """The descriptor, made when it is asked for: a fork that asks has its own, and reads its own signals."""
         if self._fd < 0:
             self._fd = kernel.signalfd(self._numbers)
         return self._fd
 
-    def read(self) -> Iterable[Received]:
-        """Return what has arrived, in the order of arrival."""
+    def read(self) -> list[Received]:
+        """What has arrived, in the order of arrival."""
         received: list[Received] = []
         while True:
             try:
@@ -85,7 +94,7 @@ class Inbox:
         """Give signals the mask and the disposition that they had; called in the child and before portexec itself executes."""
         if self.child_handler_before is not None:
             _signal.signal(_signal.SIGCHLD, self.child_handler_before)
-        for number in (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM):
+        for number in kernel.ENDING_SIGNALS:
             if callable(_signal.getsignal(number)):
                 _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, self.mask_before)
@@ -98,7 +107,7 @@ class Inbox:
 
 
 def is_to_be_forwarded(signal: Received) -> bool:
-    """Whether the command has not got it already.
+    """Whether it is for the command, and not only for us.
 
     A hang-up comes from the kernel to a session leader alone when its terminal goes away.
     """
@@ -118,6 +127,15 @@ def reap() -> Iterator[tuple[int, int]]:
         if pid == 0:
             return
         yield pid, status
+
+
+def has_children() -> bool:
+    """Whether this process has any child that it has not waited for."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def has_died_of(wait_status: int, number: int) -> bool:
@@ -147,19 +165,6 @@ def stop_with(stop_signal: int) -> None:
     """
     if stop_signal in _JOB_CONTROL_STOPS and has_terminal():
         os.kill(os.getpid(), _signal.SIGSTOP)
-
-
-def die_by(number: int) -> None:
-    """End by this signal, without a second core file. Returns where that is impossible, as for PID 1."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    try:
-        _signal.signal(number, _signal.SIG_DFL)
-        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [number])
-    except (OSError, ValueError):
-        pass  # KILL, and those that the C library keeps for itself
-    os.kill(os.getpid(), number)
 
 
 def has_terminal() -> bool:

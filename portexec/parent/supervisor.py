@@ -1,340 +1,327 @@
-"""The parent: rehearse with the child, wait for the command, stop its tree, end as it ended.
+"""Looks after one command, in its shim: from the word to go until nothing of it is left.
 
-No event loop and no threads: one poll(2) on the signals and on the command's notifications. That keeps the parent small for
-as long as the command lives.
+It tells portexec what happens, forwards signals, reaps orphans, and stops the tree. What comes at once counts in this order,
+which stands in `_take` and `_has_ended`: the start of the command, its binds, its end, and then what we are told.
 """
 
 from __future__ import annotations
 
 import _signal
-import _socket
-import errno
 import os
-import select
-import sys
 import time
 
-from portexec.admission.answer import Admission, Observer
-from portexec.binding.guard import Guard
-from portexec.errors import PortexecError, RefusedError, of_status
-from portexec.parent import child as messages
+from portexec.admission.diagnosis import Diagnosis
+from portexec.kernel import STDERR
+from portexec.parent import child as steps
+from portexec.parent import link as links
 from portexec.parent import signals, tree
-from portexec.parent.spawn import Child, take_back
+from portexec.parent.loop import Event, first, readable, spawn
+from portexec.parent.witness import ALONE, Witness
+from portexec.procfs import Processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from portexec.admission.diagnosis import Diagnosis
+    from portexec.binding.guard import Guard
+    from portexec.command.plan import Plan
+    from portexec.parent.child import Child
+    from portexec.parent.link import Link
+    from portexec.parent.signals import Inbox
 
-_MAX_MESSAGE = 1 << 16
-_STDERR = 2
-_LONGEST_POLL = 3600.0  # seconds
+# What portexec says.
+SIGNAL = b"n"  # number and sender: it was sent this
+STOP = b"s"  # number and sender: stop the tree; it was sent this
+DRAIN = b"a"  # tell the command to end, which may take its time
+KILL = b"k"  # stop the tree at once
+
+# What the supervisor says.
+STARTED = b"b"  # the command's pid
+FAILED = b"f"  # status, message, hint: the command cannot be executed
+LISTENING = b"i"  # port and address
+SIGNALLED = b"w"  # number: the shim alone was sent this
+ENDED = b"e"  # wait status of the command; whether it had been told to end; whether something is left that may serve
+GONE = b"o"  # nothing of it is left
+
+# The states of a command.
+_STARTING = "starting"  # told to go
+_RUNNING = "running"
+_ENDED = "ended"
+_LEFT = "left"  # it has ended, and what it has left behind lives on
+
+_COMMAND_FIRST = 1.0  # seconds that a command has for its end before the rest of its tree is told; a shell waits for its child
 
 
-class Supervised:
-    """A child that is ready to execute the command, or does.
+class Job:
+    """What a shim is to run, and how. Times are in seconds.
 
-    `has_started`: the command runs, or has ended; or `failure` says why it could not be executed.
+    `guards` is empty where nothing is to be admitted. `patience` is how long a command that was told to stop may take before
+    KILL, None for as long as it takes; `kill_after` is the time that its tree has after it. `leaves_daemons`: what a command
+    leaves behind when it ends by itself goes on. `has_stdin`: the command gets our standard input, else /dev/null. `kept` are
+    descriptors of portexec whose other end is to see them closed only when nothing is left of the command.
     """
 
-    was_gated = False  # whether anything had to be gated so far
+    __slots__ = ("guards", "has_stdin", "kept", "kill_after", "leaves_daemons", "patience", "plan", "quiet", "remap", "verbose")
 
-    def __init__(self, child: Child, inbox: signals.Inbox) -> None:
-        self.pid = child.pid
-        self.inbox = inbox
-        self.others = child.others
-        self.has_started = False
-        self.failure: PortexecError | None = None
-        self._child = child
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        kill_after: float,
+        patience: float | None,
+        guards: Mapping[int, Guard],
+        remap: Mapping[int, int],
+        leaves_daemons: bool,
+        has_stdin: bool,
+        kept: set[int],
+        quiet: bool,
+        verbose: bool,
+    ) -> None:
+        self.plan = plan
+        self.kill_after = kill_after
+        self.patience = patience
+        self.guards = guards
+        self.remap = remap
+        self.leaves_daemons = leaves_daemons
+        self.has_stdin = has_stdin
+        self.kept = kept
+        self.quiet = quiet
+        self.verbose = verbose
 
-    def go(self) -> None:
-        """Let the child execute the command. What comes of it, `attend` finds out."""
-        try:
-            self._child.control.send(messages.GO)
-        except BrokenPipeError:
-            pass  # somebody killed it: its status tells
-
-    def end(self) -> None:
-        """End the child, unless it has ended, and give back what only it needed."""
-        self._child.end()
-        self.release()
-
-    def cancel(self) -> None:
-        """The same, and make this process again what it was."""
-        self.end()
-        take_back(self.inbox)
-
-    def release(self) -> None:
-        """Give back what only this child needed. Nothing of it runs any more."""
-        self._child.control.close()
-
-    def observe(self, observer: Observer) -> None:
-        """Tell this one from now on what admission sees."""
-
-    def descriptors(self) -> set[int]:
-        """All that the parent needs from now on."""
-        return {self.inbox.fileno()}
-
-    def register(self, poll: select.poll) -> None:
-        """Have this wait for what `attend` is to deal with, too."""
-        poll.register(self._child.control, select.POLLIN)
-
-    def attend(self, ready: Mapping[int, int], poll: select.poll) -> None:
-        """Deal with what the poll found, and with what is due."""
-        if not self.has_started and self._child.control.fileno() in ready:
-            poll.unregister(self._child.control)
-            self._take_start()
-
-    def _take_start(self) -> None:
-        message = self._child.control.recv(_MAX_MESSAGE)
-        self._child.control.close()
-        self.has_started = True
-        if message[:1] == messages.FAILED:
-            status, text, hint = os.fsdecode(message[1:]).split(messages.SEPARATOR)
-            self.failure = of_status(int(status), text, hint)
-
-    def patience(self) -> float | None:
-        """Seconds until `attend` is due even if nothing happens, None for never."""
-        return None
-
-    def has_filtered_tasks(self) -> bool:
-        """Whether anything below the filter still runs."""
-        return False
-
-
-class Admitted(Supervised):
-    """One whose binds are admitted."""
-
-    def __init__(self, child: Child, inbox: signals.Inbox, admission: Admission) -> None:
-        super().__init__(child, inbox)
-        self.admission = admission
-        self.notifications = select.poll()
-        self.notifications.register(admission.notify_fd, select.POLLIN)
-
-    @property
-    def was_gated(self) -> bool:  # type: ignore[override]
-        return self.admission.was_gated
-
-    def release(self) -> None:
-        super().release()
-        os.close(self.admission.notify_fd)
-
-    def observe(self, observer: Observer) -> None:
-        self.admission.observer = observer
-
-    def descriptors(self) -> set[int]:
-        return super().descriptors() | self.admission.descriptors()
-
-    def register(self, poll: select.poll) -> None:
-        super().register(poll)
-        poll.register(self.admission.notify_fd, select.POLLIN)
-
-    def attend(self, ready: Mapping[int, int], poll: select.poll) -> None:
-        super().attend(ready, poll)
-        found = ready.get(self.admission.notify_fd, 0)
-        if found & select.POLLIN:
-            self.serve()
-        elif found:
-            poll.unregister(self.admission.notify_fd)  # the last filtered task is gone
-        self.admission.look_at_gates()
-
-    def patience(self) -> float | None:
-        return self.admission.patience()
-
-    def has_filtered_tasks(self) -> bool:
-        return not any(event & select.POLLHUP for _, event in self.notifications.poll(0))
-
-    def serve(self) -> None:
-        """Answer all calls that wait."""
-        self.admission.serve(lambda: any(event & select.POLLIN for _, event in self.notifications.poll(0)))
-
-    def answer_to_the_end(self) -> None:
-        """Answer until nothing is left that could ask."""
-        self.observe(Observer())
-        while self.has_filtered_tasks():
-            self.notifications.poll(_milliseconds(self.patience()))
-            self.serve()
-            self.admission.look_at_gates()
-
-
-def rehearse(child: Child, inbox: signals.Inbox, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> Admitted:
-    """Serve the child's bind and listen on a number of ours, and hear from it whether they worked. Raises RefusedError."""
-    notify_fd = _receive_notify_fd(child.control)
-    try:
-        supervised = Admitted(child, inbox, Admission(notify_fd, guards, remap, Observer()))
-        outcome = _serve_rehearsal(supervised, child.control)
-        if outcome != "1":
-            raise RefusedError(f"the rehearsal failed: {outcome or 'the child ended'}")
-        if supervised.was_gated and remap:
-            raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
-    except BaseException:
-        os.close(notify_fd)
-        raise
-    return supervised
-
-
-def _serve_rehearsal(supervised: Admitted, control: _socket.socket) -> str:
-    admission = supervised.admission
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
-    poll.register(admission.notify_fd, select.POLLIN)
-    while True:
-        ready = dict(poll.poll(_milliseconds(admission.patience())))
-        if ready.get(admission.notify_fd, 0) & select.POLLIN:
-            supervised.serve()
-        admission.look_at_gates()
-        if ready.get(control.fileno()):
-            admission.close_gates()
-            return control.recv(_MAX_MESSAGE).removeprefix(messages.REHEARSED).decode(errors="replace")
-
-
-def _receive_notify_fd(control: _socket.socket) -> int:
-    message, ancillary, _, _ = control.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
-    if message[:1] == messages.NOTIFY_FD and ancillary:
-        return int.from_bytes(ancillary[0][2][:4], sys.byteorder)
-    code, _, why = message[1:].decode().partition(messages.SEPARATOR)
-    raise RefusedError(_why_refused(int(code or 0), why))
-
-
-def _why_refused(code: int, why: str) -> str:
-    meanings = {
-        errno.EBUSY: "another supervisor has the notifications already: a portexec around this one, or a sandbox",
-        errno.EINVAL: "this kernel, or the sandbox around it, has no seccomp notifications",
-        errno.ENOSYS: "this kernel has no seccomp, or not for this machine",
-        errno.EPERM: "seccomp is denied here, by a container's profile or a sandbox",
-        errno.EACCES: "seccomp is denied here, by a container's profile or a sandbox",
-    }
-    return f"{meanings.get(code, 'the filter cannot be installed')} ({why})"
+    def guard_descriptors(self) -> set[int]:
+        """The descriptors of the guards that binds are admitted past."""
+        return {guard.fileno() for guard in self.guards.values()}
 
 
 class Supervisor:
-    """Looks after a command that was told to go, to its end.
+    """The supervisor of one command, and the owner of its child and of our end of the link to portexec."""
 
-    `kill_after` is the time in seconds from TERM to KILL for what the command leaves running. `is_killed`: the command itself
-    gets KILL as well, that long after it was told to stop; otherwise it has all the time it takes.
-    """
-
-    def __init__(self, supervised: Supervised, diagnosis: Diagnosis, kill_after: float, *, is_killed: bool) -> None:
-        self.supervised = supervised
-        self.diagnosis = diagnosis
-        self.kill_after = kill_after
-        self.is_killed = is_killed
-        self.stop_requests: list[float] = []  # when they came
-        self.is_told_to_stop = False  # with its whole tree, by somebody who does not wait for the command to end
-        self.is_hurried = False  # and at once
+    def __init__(self, child: Child, job: Job, link: Link, inbox: Inbox) -> None:
+        self.child = child
+        self.job = job
+        self.link = link
+        self.inbox = inbox
+        self.front = os.getppid()
+        self.diagnosis = _Report(job, link)
+        self.witness = Witness(lambda number: link.say(SIGNALLED, number))
+        self.state = _STARTING
+        self.told = _Request()
+        self.ended = Event()
+        self.childless = Event()
         self.was_interrupted = False  # by Ctrl-C, which the command may have a use for
-        self.has_ended = False
-        self.has_left_a_daemon = False  # something runs on, and may serve
-        self.wait_status = 0  # of waitpid(2), once it has ended
-        self.poll = select.poll()
-        self.poll.register(supervised.inbox, select.POLLIN)
-        supervised.observe(diagnosis)
-        supervised.register(self.poll)
 
-    def run(self) -> int:
-        """Wait for the command's end and return its wait status. Raises PortexecError if it could not be executed."""
-        self.wait_for_start()
-        if self.supervised.has_started:
-            _keep_only({*self.supervised.descriptors(), _STDERR})
-        self.wait_for_end()
-        if self.stop_requests or self._died_of_ctrl_c():
-            self.stop_tree()
-        else:
-            self._leave_an_answerer()
-        return self.wait_status
+    async def run(self) -> bool:
+        """Let the command go, and return when nothing is left of it. Whether a daemon had outlived it."""
+        self.child.go()
+        unfiltered = Event()
+        if self.child.admission is not None:
+            self.child.admission.observer = self.diagnosis
+            spawn(self._answer(unfiltered))
+        for source in (self.child.link, self.link, self.inbox):
+            spawn(self._follow(source))
+        await first(self.told.to_stop.wait(), self.ended.wait())
+        if self.state == _LEFT:
+            await unfiltered.wait()
+            return True
+        await self._stop()
+        self.link.say(GONE)
+        return False
 
-    def wait_for_start(self) -> None:
-        """Wait until the command runs, or it is time to stop its tree. Raises PortexecError if it cannot be executed."""
-        self._wait_until(lambda: self.supervised.has_started)
-        if self.supervised.failure is not None:
-            raise self.supervised.failure
+    async def _answer(self, unfiltered: Event) -> None:
+        assert self.child.admission is not None  # noqa: S101  # asked for by `run` only then
+        await self.child.admission.answer()
+        unfiltered.set()
 
-    def wait_for_end(self) -> None:
-        """Wait until the command has ended, or it is time to stop its tree."""
-        self._wait_until(lambda: self.has_ended)
-        is_stopped = self.stop_requests or self.is_told_to_stop or self._died_of_ctrl_c()
-        if not is_stopped and os.WIFEXITED(self.wait_status):
-            self.diagnosis.ended(os.WEXITSTATUS(self.wait_status))
+    async def _follow(self, source: Link | Inbox) -> None:
+        while isinstance(source, signals.Inbox) or source.is_open:
+            await readable(source)
+            self._take()
 
-    def is_overdue(self) -> bool:
-        """Whether the command was told to stop, and its time is over."""
-        return self.is_killed and bool(self.stop_requests) and time.monotonic() > self.stop_requests[0] + self.kill_after
+    def _take(self) -> None:
+        """Take all that has come."""
+        self._take_start()
+        if self.child.admission is not None:
+            self.child.admission.serve()
+        for signal in self.inbox.read():
+            self._take_signal(signal)
+        for kind, fields in self.link.received():
+            self._take_word(kind, fields)
 
-    def stop_tree(self) -> None:
-        """TERM to all that is left running, KILL to what is left after the given time or a second request."""
-        requests = len(self.stop_requests)
-        stop = tree.Stop(0 if self.is_overdue() else self.kill_after, spare=self.supervised.others)
-        while stop.step() or not self.has_ended:
-            self._wait(stop.pause())
-            if self.is_hurried or len(self.stop_requests) > requests:
-                stop.hurry()
-        self._reap()
+    # The command.
 
-    def attend(self, ready: Mapping[int, int]) -> None:
-        """Deal with what poll(2) found."""
-        self.supervised.attend(ready, self.poll)
-        if self.diagnosis.patience() == 0:
-            self.diagnosis.lose_patience()
-        if self.supervised.inbox.fileno() in ready:
-            for signal in self.supervised.inbox.read():
-                self._handle(signal)
+    def _take_start(self) -> None:
+        for kind, fields in self.child.link.received():
+            if kind == steps.FAILED:
+                self.link.say(FAILED, *fields)
+            elif self.state == _STARTING:
+                self.link.say(STARTED, self.child.pid)
+            self.state = _RUNNING
 
-    def _died_of_ctrl_c(self) -> bool:
-        return self.was_interrupted and self.has_ended and signals.has_died_of(self.wait_status, _signal.SIGINT)
+    def _has_ended(self, wait_status: int) -> None:
+        """Act upon the end of the command, after all that it said before."""
+        self._take_start()
+        if self.child.admission is not None:
+            self.child.admission.serve()
+        was_interrupted = self.was_interrupted and signals.has_died_of(wait_status, _signal.SIGINT)
+        is_told = self.told.to_stop.is_set() or self.told.to_drain or was_interrupted
+        if not is_told and os.WIFEXITED(wait_status):
+            self.diagnosis.ended(os.WEXITSTATUS(wait_status))
+        is_left = self.job.leaves_daemons and not is_told and signals.has_children()
+        self.state = _LEFT if is_left else _ENDED
+        if is_left:
+            self._let_go()
+        self.link.say(ENDED, wait_status, "told" if is_told else "", "left" if is_left else "")
+        if is_left:
+            self.link.close()
+        self.ended.set()
 
-    def _wait_until(self, is_reached: Callable[[], bool]) -> None:
-        while not (is_reached() or self.is_told_to_stop or self.is_overdue()):
-            self._wait(self.kill_after if self.is_killed and self.stop_requests else None)
+    def _let_go(self) -> None:
+        """Keep nothing but what it takes to answer for the binds of a daemon: not the session, no directory, no output pipe."""
+        os.setsid()
+        os.chdir("/")
+        keep = {self.inbox.fileno(), self.link.fileno(), *self.job.guard_descriptors()}
+        if self.child.admission is not None:
+            keep.add(self.child.admission.notify_fd)
+        _keep_only(keep)
+        if self.child.admission is not None:
+            self.child.admission.observer = Diagnosis((), quiet=True, verbose=False)
 
-    def _wait(self, longest: float | None = None) -> None:
-        """Wait for whatever comes first, and deal with it."""
-        limits = (self.supervised.patience(), self.diagnosis.patience(), longest)
-        shortest = min((limit for limit in limits if limit is not None), default=None)
-        self.attend(dict(self.poll.poll(_milliseconds(shortest))))
+    # What we are told.
 
-    def _handle(self, signal: signals.Received) -> None:
+    def _take_signal(self, signal: signals.Received) -> None:
         if signal.number == _signal.SIGCHLD:
             self._reap()
-            return
-        if signal.number == _signal.SIGINT and signal.from_terminal and not self.has_ended:
-            self.was_interrupted = True
-        elif signal.number in signals.STOP_REQUESTS and not signals.is_ignored(signal.number):
-            self.stop_requests.append(time.monotonic())
-        if not self.has_ended and signals.is_to_be_forwarded(signal):
-            signals.send(self.supervised.pid, signal.number)
+        elif signal.from_terminal:
+            self.was_interrupted = self.was_interrupted or (signal.number == _signal.SIGINT and self.state != _ENDED)
+        elif signal.sender != self.front and self.state != _LEFT:
+            self.witness.see(signal.number, signal.sender)
 
     def _reap(self) -> None:
         """Take the status of every child that ended or stopped: the command, and orphans that became ours."""
-        for pid, status in signals.reap():
-            self.supervised.others.discard(pid)  # another process may get its number
-            if pid == self.supervised.pid and os.WIFSTOPPED(status):
-                if not (self.stop_requests or self.is_told_to_stop):
+        for pid, status in list(signals.reap()):  # all, before it is asked whether anything is left
+            if pid == self.child.pid and os.WIFSTOPPED(status):
+                if not self.told.to_stop.is_set():
                     signals.stop_with(os.WSTOPSIG(status))
-            elif pid == self.supervised.pid:
-                self.has_ended, self.wait_status = True, status
+            elif pid == self.child.pid:
+                self._has_ended(status)
+        if not signals.has_children():
+            self.childless.set()
 
-    def _leave_an_answerer(self) -> None:
-        """Leave a process behind that answers what the command left running, until the last of it is gone.
+    def _take_word(self, kind: bytes, fields: list[str]) -> None:
+        if kind == SIGNAL:
+            self._pass_on(int(fields[0]), int(fields[1]))
+        elif kind == STOP:
+            self._be_told(int(fields[0]), int(fields[1]))
+        elif kind == DRAIN:
+            self.told.to_drain = True
+            self._send(_signal.SIGTERM)
+        elif kind == KILL:
+            self.told.at_once.set()
+            self._be_told(_signal.SIGTERM, ALONE)
+        elif kind == links.ENDED:
+            self._be_told(_signal.SIGTERM, ALONE)
 
-        Without it their binds would fail with ENOSYS. It keeps the guard, and nothing else of ours or of the user's.
-        """
-        supervised = self.supervised
-        if not isinstance(supervised, Admitted) or not supervised.has_filtered_tasks():
+    def _be_told(self, number: int, sender: int) -> None:
+        """Begin to stop the tree, once."""
+        if self.told.to_stop.is_set():
             return
-        self.has_left_a_daemon = True
+        self.told.begin()
+        if sender == ALONE:
+            self._send(number)
+        else:
+            self._pass_on(number, sender)
+
+    def _pass_on(self, number: int, sender: int) -> None:
+        """Send the command what portexec was sent, unless the whole group was."""
+
+        def decide(was_sent_to_all: bool) -> None:
+            if was_sent_to_all and self._is_in_our_group():
+                self.told.was_sent_to_all = True
+            else:
+                self._send(number)
+
+        self.witness.hear(number, sender, decide)
+
+    def _is_in_our_group(self) -> bool:
         try:
-            if os.fork():
-                return
+            return os.getpgid(self.child.pid) == os.getpgrp() and os.getsid(self.child.pid) == os.getsid(0)
         except OSError:
+            return True  # it has ended, and needs nothing any more
+
+    def _send(self, number: int) -> None:
+        if not self.ended.is_set():
+            signals.send(self.child.pid, number)
+            if self.told.to_stop.is_set() and self.child.pid in self.told.stopped:
+                signals.send(self.child.pid, _signal.SIGCONT)  # Ctrl-Z has stopped it
+
+    # The end.
+
+    async def _stop(self) -> None:
+        """The command first, then what was there at the request, once each; KILL when the time is over or we are told again.
+
+        What is born later is not told: those are the helpers that a shell's trap cleans up with.
+        """
+        if self.childless.is_set():
             return
-        try:
-            os.setsid()
-            _keep_only(supervised.admission.descriptors())
-            os.chdir("/")
-            supervised.answer_to_the_end()
-        finally:
-            os._exit(0)
+        self.told.begin()
+        deadline = None if self.job.patience is None else time.monotonic() + self.job.patience
+        within = None if deadline is None else min(_COMMAND_FIRST, deadline - time.monotonic())
+        await first(self.ended.wait(), self.told.at_once.wait(), within=within)
+        if not self.told.at_once.is_set():
+            self._tell_the_rest()
+            deadline = deadline or time.monotonic() + self.job.kill_after
+            await first(self.childless.wait(), self.told.at_once.wait(), within=max(0.0, deadline - time.monotonic()))
+        await tree.kill_below(self.childless)
+
+    def _tell_the_rest(self) -> None:
+        if self.childless.is_set():
+            return
+        processes = Processes()
+        rest = (processes.below(os.getpid()) & self.told.alive) - {self.child.pid}
+        if self.told.was_sent_to_all:
+            rest = {pid for pid in rest if not _is_in_group(pid)}
+        tree.tell(rest, _signal.SIGTERM, processes)
+
+
+class _Request:
+    """The request to stop: when it has come, who was alive then, and whether there is more hurry."""
+
+    __slots__ = ("alive", "at_once", "stopped", "to_drain", "to_stop", "was_sent_to_all")
+
+    def __init__(self) -> None:
+        self.to_stop = Event()
+        self.at_once = Event()
+        self.to_drain = False  # the command was told to end, and nothing else
+        self.alive: set[int] = set()
+        self.stopped: set[int] = set()  # by job control
+        self.was_sent_to_all = False  # by whoever made the request
+
+    def begin(self) -> None:
+        """Note who is alive now. Once more does nothing."""
+        if not self.to_stop.is_set():
+            self.to_stop.set()
+            processes = Processes()
+            self.alive, self.stopped = processes.below(os.getpid()), processes.stopped
+
+
+class _Report(Diagnosis):
+    """Says on stderr what `Diagnosis` does, and to portexec where the command listens."""
+
+    def __init__(self, job: Job, link: Link) -> None:
+        super().__init__(job.guards, quiet=job.quiet, verbose=job.verbose)
+        self.link = link
+
+    def listening(self, port: int, host: str) -> None:
+        """The command listens on a number of ours."""
+        super().listening(port, host)
+        self.link.say(LISTENING, port, host)
+
+
+def _is_in_group(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == os.getpgrp()
+    except OSError:
+        return True
 
 
 def _keep_only(keep: set[int]) -> None:
@@ -343,28 +330,15 @@ def _keep_only(keep: set[int]) -> None:
     The standard streams become /dev/null rather than free numbers.
     """
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for fd in {int(name) for name in os.listdir("/proc/self/fd")} | {0, 1, _STDERR}:
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} | set(range(STDERR + 1)):
         if fd in keep or fd == null:
             continue
-        if fd <= _STDERR:
+        if fd <= STDERR:
             os.dup2(null, fd, inheritable=False)
         else:
             try:
                 os.close(fd)
             except OSError:
                 pass  # the listing's own descriptor
-    if null > _STDERR:
+    if null > STDERR:
         os.close(null)
-
-
-def _milliseconds(seconds: float | None) -> float | None:
-    """What poll(2) takes for a time, None for ever. An hour is enough at once: it takes no more than an int."""
-    return None if seconds is None else 1000 * min(seconds, _LONGEST_POLL)
-
-
-def end_as(wait_status: int) -> int:
-    """End as the command ended: by the same signal, or with the status that this returns."""
-    if os.WIFSIGNALED(wait_status):
-        signals.die_by(os.WTERMSIG(wait_status))
-        return 128 + os.WTERMSIG(wait_status)
-    return os.WEXITSTATUS(wait_status)

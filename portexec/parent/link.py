@@ -1,0 +1,78 @@
+"""Messages between two processes of portexec, over a pair of sockets that keeps them apart (SOCK_SEQPACKET, unix(7)).
+
+A message is one byte that says what it is, then fields with NUL between them. Each module that speaks over a link lists its
+words. The end of the socket is news, too: the other process has ended.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+
+from portexec.command import execute
+
+_MAX_MESSAGE = 1 << 16
+_SEPARATOR = "\0"
+ENDED = b""  # stands for the end of the other process
+
+
+class Link:
+    """One end. The owner closes it."""
+
+    __slots__ = ("is_open", "socket")
+
+    def __init__(self, socket: _socket.socket) -> None:
+        self.socket = socket
+        self.is_open = True
+
+    def fileno(self) -> int:
+        """The descriptor, readable when there is a message."""
+        return self.socket.fileno()
+
+    def say(self, kind: bytes, *fields: object) -> None:
+        """Send a message. Nobody has to be there any more."""
+        if self.is_open:
+            try:
+                self.socket.send(kind + os.fsencode(_SEPARATOR.join(map(str, fields))))
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+
+    def receive(self) -> tuple[bytes, list[str]]:
+        """Wait for the next message: its kind and its fields; ENDED when there will be none."""
+        return self._receive(0)
+
+    def received(self) -> list[tuple[bytes, list[str]]]:
+        """All messages that are there by now."""
+        messages = []
+        while self.is_open:
+            try:
+                messages.append(self._receive(_socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                break
+        return messages
+
+    def close(self) -> None:
+        """Close it. Once more does nothing."""
+        self.is_open = False
+        self.socket.close()
+
+    def _receive(self, flags: int) -> tuple[bytes, list[str]]:
+        try:
+            message = self.socket.recv(_MAX_MESSAGE, flags)
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            self.close()
+        return message[:1], os.fsdecode(message[1:]).split(_SEPARATOR)
+
+
+def pair(lowest: int) -> tuple[Link, Link]:
+    """Two linked ends, close-on-exec, under numbers from `lowest` on: where no descriptor of the command's is to be placed."""
+    one, other = (_moved_up(end, lowest) for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET))
+    return Link(one), Link(other)
+
+
+def _moved_up(socket: _socket.socket, lowest: int) -> _socket.socket:
+    fd = execute.duplicate(socket.fileno(), lowest, inheritable=False)
+    socket.close()
+    return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd)

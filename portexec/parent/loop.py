@@ -1,0 +1,347 @@
+"""The loop: coroutines on one poll(2), for the processes of portexec. One thread, no scopes, no futures.
+
+    run(coroutine)                  run it to its end, with all that it spawns, and return what it returns
+    spawn(coroutine)                run another one beside it, until the run ends
+    after(seconds, call)            call a function later
+    await sleep(seconds)
+    await readable(fd)              until the descriptor can be read, or its other end has gone; also writable(fd)
+    await event.wait()              until somebody calls event.set()
+    await first(a(), b(), within=3) run them until one has ended, and close the others
+
+How it behaves:
+
+- A *round* is one poll(2) and all that follows from what it found: descriptors first, then the timers that are due.
+- Several coroutines of one `first` may end in one round. Then the one that is written first counts, and a coroutine that has
+  ended counts before the time that is over. So the order of simultaneous events stands in the program text.
+- To cancel is to close a coroutine: Python raises GeneratorExit where it waits, and its `finally` runs. The loop closes only
+  between the steps of tasks, never from inside one, and the innermost first. A `finally` may not await: nobody would wait for
+  it. What has to be waited for at the end is not an affair of `finally`.
+- An exception in any task ends the run. All other tasks are closed, and `run` raises it. Who expects an exception catches it
+  inside the coroutine that is given to `spawn` or `first`; a plain `await f()` raises as ever.
+- A descriptor that is closed while somebody waits for it wakes that task, whose next call fails with EBADF. Close the task
+  first, since the number may soon be another file's.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from heapq import heapify, heappop, heappush
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator
+    from typing import Any, Protocol, TypeVar
+
+    T = TypeVar("T")
+
+    class HasFileno(Protocol):
+        """A socket or a file."""
+
+        def fileno(self) -> int:
+            """Its descriptor."""
+
+
+_LONGEST_POLL = 3600.0  # seconds; poll(2) takes an int of milliseconds, which ends after 24 days
+_FEW = 64  # timers, of which nobody has to care how many are waited for
+
+
+class Task:
+    """A coroutine that the loop runs. `is_over`: it has ended or was closed; `result` is what it returned."""
+
+    __slots__ = ("coroutine", "group", "is_over", "result", "wait")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], group: _Group | None = None) -> None:
+        self.coroutine = coroutine
+        self.group = group  # the `first` that it belongs to
+        self.is_over = False
+        self.result: Any = None
+        self.wait: _Wait | None = None  # what it waits for at the moment
+
+    def __repr__(self) -> str:
+        return f"task {getattr(self.coroutine, '__qualname__', self.coroutine)}"
+
+
+class _Wait:
+    """What one task waits for: a descriptor, a moment, an event, or the first of several coroutines."""
+
+    __slots__ = ("deadline", "event", "fd", "group", "mask", "task")
+
+    def __init__(
+        self,
+        *,
+        fd: int = -1,
+        mask: int = 0,
+        deadline: float | None = None,
+        event: Event | None = None,
+        group: _Group | None = None,
+    ) -> None:
+        self.fd = fd
+        self.mask = mask
+        self.deadline = deadline
+        self.event = event
+        self.group = group
+        self.task: Task | None = None  # None again when it is over
+
+    def __await__(self) -> Generator[_Wait, Any, Any]:
+        return (yield self)
+
+
+class _Group:
+    """The coroutines of one `first`, and the task that waits for it."""
+
+    __slots__ = ("number", "tasks", "wait")
+
+    def __init__(self, coroutines: tuple[Coroutine[Any, Any, Any], ...]) -> None:
+        self.tasks = [Task(coroutine, self) for coroutine in coroutines]
+        self.number = 0  # a group inside another one has a higher number
+        self.wait: _Wait | None = None
+
+
+class Event:
+    """Something that happens once. Those that wait are woken in the order in which they came."""
+
+    __slots__ = ("_is_set", "waiting")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self.waiting: dict[_Wait, _Loop] = {}  # a fork's own loop does not run the tasks of the parent's
+
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Wake all who wait. Once more does nothing."""
+        self._is_set = True
+        waiting, self.waiting = self.waiting, {}
+        for wait, its_loop in waiting.items():
+            its_loop.wake(wait)
+
+    async def wait(self) -> None:
+        """Return when it has happened, at once if it has."""
+        if not self._is_set:
+            await _Wait(event=self)
+
+
+async def sleep(seconds: float) -> None:
+    """Return after so many seconds; with 0, after the loop has looked at all descriptors once."""
+    await _Wait(deadline=time.monotonic() + seconds)
+
+
+async def readable(file: int | HasFileno) -> int:
+    """Return when the descriptor can be read without blocking; what poll(2) found, of which POLLHUP may be all."""
+    found: int = await _Wait(fd=_number(file), mask=select.POLLIN)
+    return found
+
+
+async def writable(file: int | HasFileno) -> int:
+    """Return when something can be written to the descriptor; what poll(2) found."""
+    found: int = await _Wait(fd=_number(file), mask=select.POLLOUT)
+    return found
+
+
+async def first(*coroutines: Coroutine[Any, Any, Any], within: float | None = None) -> int | None:
+    """Run these until one of them has ended, and close the others. Returns the position of the one that ended.
+
+    `within`: seconds after which all are closed; then the answer is None.
+    """
+    deadline = None if within is None else time.monotonic() + within
+    winner: int | None = await _Wait(deadline=deadline, group=_Group(coroutines))
+    return winner
+
+
+def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
+    """Run a coroutine beside the others, until it ends or the run does."""
+    return _current().start(Task(coroutine))
+
+
+def after(seconds: float, call: Callable[[], object]) -> Task:
+    """Call a function in so many seconds, unless the run ends before."""
+
+    async def wait_and_call() -> None:
+        await sleep(seconds)
+        call()
+
+    return spawn(wait_and_call())
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine and what it spawns to its end. Raises what any of them raises. Nothing is left running in both cases."""
+    global _running  # noqa: PLW0603  # there is one at a time
+    outer, loop = _running, _Loop()
+    _running = loop
+    try:
+        result: T = loop.run(coroutine)
+        return result
+    finally:
+        _running = outer
+
+
+class _Loop:
+    def __init__(self) -> None:
+        self.tasks: dict[Task, None] = {}  # in the order of their start; a dict, since a set has none
+        self.ready: list[tuple[Task, Any]] = []
+        self.watched: dict[int, list[_Wait]] = {}
+        self.timers: list[tuple[float, int, _Wait]] = []
+        self.ending: dict[_Group, None] = {}  # of which a coroutine has ended, or the time
+        self.poll = select.poll()
+        self.count = 0
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        main = self.start(Task(coroutine))
+        try:
+            while not main.is_over:
+                self.finish_round()
+                if not main.is_over:
+                    self.wait_for_news()
+        except BaseException:
+            self.close_all(is_failing=True)
+            raise
+        self.close_all(is_failing=False)
+        return main.result
+
+    def start(self, task: Task) -> Task:
+        self.tasks[task] = None
+        self.ready.append((task, None))
+        return task
+
+    def finish_round(self) -> None:
+        """Run all that can go on; then decide one `first` after the other, the innermost before those around it."""
+        while self.ready or self.ending:
+            batch, self.ready = self.ready, []
+            for task, value in batch:
+                if not task.is_over:
+                    self.step(task, value)
+            if not self.ready and self.ending:
+                self.decide(max(self.ending, key=lambda group: group.number))
+
+    def step(self, task: Task, value: Any) -> None:
+        try:
+            wait = task.coroutine.send(value)
+        except StopIteration as end:
+            task.is_over, task.result = True, end.value
+            del self.tasks[task]
+            if task.group is not None:
+                self.ending[task.group] = None
+            return
+        except BaseException:
+            task.is_over = True
+            self.tasks.pop(task, None)
+            raise
+        self.begin_wait(task, wait)
+
+    def begin_wait(self, task: Task, wait: _Wait) -> None:
+        task.wait, wait.task = wait, task
+        self.count += 1
+        if wait.fd >= 0:
+            self.watched.setdefault(wait.fd, []).append(wait)
+            self.watch(wait.fd)
+        if wait.deadline is not None:
+            heappush(self.timers, (wait.deadline, self.count, wait))
+            if len(self.timers) > 2 * len(self.tasks) + _FEW:
+                self.timers = [timer for timer in self.timers if timer[2].task is not None]
+                heapify(self.timers)
+        if wait.event is not None:
+            wait.event.waiting[wait] = self
+        if wait.group is not None:
+            wait.group.number, wait.group.wait = self.count, wait
+            for child in wait.group.tasks:
+                self.start(child)
+
+    def wake(self, wait: _Wait, value: Any = None) -> None:
+        if wait.task is not None:
+            self.ready.append((wait.task, value))
+            self.end_wait(wait)
+
+    def end_wait(self, wait: _Wait) -> None:
+        if wait.task is not None:
+            wait.task.wait = None
+            wait.task = None
+        if wait.fd >= 0:
+            self.watched[wait.fd].remove(wait)
+            self.watch(wait.fd)
+        if wait.event is not None:
+            wait.event.waiting.pop(wait, None)
+
+    def watch(self, fd: int) -> None:
+        """Ask poll(2) for what is waited for on this descriptor."""
+        waits = self.watched[fd]
+        if waits:
+            self.poll.register(fd, sum({wait.mask for wait in waits}))
+        else:
+            self.poll.unregister(fd)
+            del self.watched[fd]
+
+    def decide(self, group: _Group) -> None:
+        """Close what has not ended of a `first`, and tell the task that waits for it which one has."""
+        del self.ending[group]
+        wait = group.wait
+        if wait is None or wait.task is None:
+            return
+        winner = next((position for position, task in enumerate(group.tasks) if task.is_over), None)
+        for task in group.tasks:
+            self.close(task)
+        self.wake(wait, winner)
+
+    def close(self, task: Task) -> None:
+        """Close a task and, before it, those of the `first` that it waits for."""
+        if task.is_over:
+            return
+        wait = task.wait
+        if wait is not None:
+            for child in wait.group.tasks if wait.group is not None else ():
+                self.close(child)  # which may raise; then `task` is left for close_all()
+            self.end_wait(wait)
+        task.is_over = True
+        del self.tasks[task]
+        try:
+            task.coroutine.close()
+        except RuntimeError as error:
+            if "ignored GeneratorExit" not in str(error):
+                raise
+            raise RuntimeError(f"{task!r} awaits while it is closed; what is in its `finally` may not") from error
+
+    def close_all(self, *, is_failing: bool) -> None:
+        """Close what is left, the latest first. The first failure of these is raised, unless there is one already."""
+        failure: BaseException | None = None
+        while self.tasks:
+            try:
+                self.close(next(reversed(self.tasks)))
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None and not is_failing:
+            raise failure
+
+    def wait_for_news(self) -> None:
+        """One poll(2): wake those whose descriptor has news, and then those whose time has come."""
+        while self.timers and self.timers[0][2].task is None:
+            heappop(self.timers)  # it is not waited for any more
+        if not self.timers and not self.watched:
+            raise RuntimeError(f"nothing can happen any more: {', '.join(map(repr, self.tasks))}")
+        seconds = _LONGEST_POLL
+        if self.timers:
+            seconds = min(seconds, max(0.0, self.timers[0][0] - time.monotonic()))
+        for fd, found in self.poll.poll(1000 * seconds):
+            for wait in list(self.watched.get(fd, ())):
+                if found & (wait.mask | ~(select.POLLIN | select.POLLOUT)):
+                    self.wake(wait, found)
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            wait = heappop(self.timers)[2]
+            if wait.group is not None and wait.task is not None:
+                self.ending[wait.group] = None
+            else:
+                self.wake(wait)
+
+
+_running: _Loop | None = None
+
+
+def _current() -> _Loop:
+    assert _running is not None, "no loop runs"  # noqa: S101  # a mistake of ours and nobody else's
+    return _running
+
+
+def _number(file: int | HasFileno) -> int:
+    return file if isinstance(file, int) else file.fileno()

@@ -1,0 +1,67 @@
+"""Every line of portexec's own, to stderr: written in one piece, and with nothing in it that could play tricks on a terminal.
+
+What comes from elsewhere (names of processes and files, arguments) can hold control characters. They are shown as `\\x1b` or
+`\\n`, so that nobody can write into another user's terminal by a file name, or fake a second line.
+"""
+
+from __future__ import annotations
+
+import os
+
+from portexec.kernel import STDERR
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from portexec.errors import PortexecError
+
+_PATIENCE = 1000  # milliseconds
+_BUG = "error: this is a bug in portexec; please report it with the lines above"
+
+
+def say(*lines: str) -> None:
+    """Write these lines, each after `portexec: `, in one piece. A stderr that is closed or full is nobody's failure.
+
+    It waits for room for a second, so that a parent hears signals meanwhile, and then says nothing.
+    """
+    _write("".join(f"portexec: {escaped(line)}\n" for line in lines))
+
+
+def say_error(error: PortexecError) -> None:
+    """Write an error, and its hint."""
+    say(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []))
+
+
+def say_bug() -> None:
+    """Write what follows a traceback that nobody expected."""
+    say(_BUG)
+
+
+def say_json(line: str) -> None:
+    """Write a line of JSON, which escapes what is in it by itself."""
+    _write(line)
+
+
+def escaped(text: str) -> str:
+    """The text with its control characters, and bytes that are no text, spelled out as `\\x1b`."""
+    return text if text.isprintable() else "".join(map(_escaped_character, text))
+
+
+def _escaped_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    is_byte = 0xDC80 <= code <= 0xDCFF  # as `surrogateescape` has it, PEP 383
+    return f"\\x{code - 0xDC00:02x}" if is_byte else character.encode("unicode_escape").decode()
+
+
+def _write(text: str) -> None:
+    import select
+
+    poll = select.poll()
+    poll.register(STDERR, select.POLLOUT)
+    data = os.fsencode(text)
+    try:
+        while data and poll.poll(_PATIENCE):
+            data = data[os.write(STDERR, data[: select.PIPE_BUF]) :]  # so much goes in without blocking, pipe(7)
+    except OSError:
+        pass
