@@ -25,6 +25,7 @@ from tests.support import DEADLINE, PORTEXEC, Running, child, is_gone, run, runn
 from tests.support.installed import needs_ipv6, program
 from tests.support.network import port_of
 from tests.support.proc import children_of, is_pending, state
+from tests.support.processes import tell_again
 from tests.support.terminals import CTRL_C, terminal_with
 
 HAND_OFFS = ["fd", "guard", "hold"]
@@ -472,7 +473,7 @@ def test_told_twice_it_kills_at_once(hand_off: str, number: signal.Signals) -> N
         started.process.send_signal(number)
         assert next_line(started) == "SIGTERM"
         assert not is_gone(tests)
-        started.process.send_signal(number)
+        tell_again(started.process, number)
         assert started.process.wait(DEADLINE) == -number
         assert is_gone(pid)
         assert is_gone(tests)
