@@ -470,7 +470,7 @@ def test_what_the_new_one_accepts_does_not_make_the_old_one_ready(tmp_path: Path
         server.comes_up()
         order(server, tmp_path, 2, "take PORT 3", "keep PORT", "keep PORT")
         server.started.line("^portexec: ready after ")
-        assert "the new generation is ready" in server.started.line("ready").string
+        assert "the new start is ready" in server.started.line("ready").string
         assert wait_for(lambda: is_gone(old))
 
 

@@ -736,7 +736,7 @@ def test_a_hup_for_what_has_survived_its_terminal_is_from_somebody_else(tmp_path
             terminal.hang_up()
             terminal.status()
             os.kill(pid, signal.SIGHUP)
-            assert wait_for(lambda: "the new generation is ready" in output.read_text())
+            assert wait_for(lambda: "the new start is ready" in output.read_text())
             os.kill(pid, signal.SIGTERM)
             assert wait_for(lambda: is_gone(pid))
         finally:
