@@ -33,6 +33,7 @@ class Own:
         self._seen[inode] = _Seen(thread, fd, host, shares)
         if len(self._seen) > self._limit:
             _close(self.duplicates())
+            self.strangers(tables.listeners_on(self.port))
             self._limit = max(_FEW, 2 * len(self._seen))
 
     def add_hidden(self, fd: int) -> None:
@@ -44,16 +45,15 @@ class Own:
         return inode in self._seen if inode else fd in self._hidden
 
     def duplicates(self, but: int = 0) -> list[_socket.socket]:
-        """Those that can be had, without one inode; to be closed soon. Those that are gone are forgotten."""
+        """Those that can be had, without one inode; to be closed soon."""
         found = []
-        for inode, seen in list(self._seen.items()):
+        for inode, seen in self._seen.items():
             if inode == but:
                 continue
             socket = _have(seen, inode)
+            seen.is_lost = socket is None
             if socket is not None:
                 found.append(socket)
-            elif inode not in tables.listeners_on(self.port):
-                del self._seen[inode]
         return found
 
     def joins(self, socket: _socket.socket, host: str, *, is_tidy: bool) -> bool:
@@ -72,8 +72,13 @@ class Own:
         return bool(suspects) and not suspects.isdisjoint(tables.listeners_on(self.port))
 
     def strangers(self, listening: Iterable[int], but: int = 0) -> set[int]:
-        """Those among the inodes that listen that are neither the command's nor this one."""
-        return {*listening} - self._seen.keys() - {but}
+        """Those among the inodes that listen that are neither the command's nor this one.
+
+        A socket of the command that could not be had, and does not listen, is gone.
+        """
+        alive = {*listening}
+        self._seen = {inode: seen for inode, seen in self._seen.items() if inode in alive or not seen.is_lost}
+        return alive - self._seen.keys() - {but}
 
 
 class Others:
@@ -99,13 +104,14 @@ class Others:
 class _Seen:
     """Where a socket was seen last, and how it was bound."""
 
-    __slots__ = ("fd", "host", "shares", "thread")
+    __slots__ = ("fd", "host", "is_lost", "shares", "thread")
 
     def __init__(self, thread: int, fd: int, host: str, shares: bool) -> None:
         self.thread = thread
         self.fd = fd
         self.host = host
         self.shares = shares
+        self.is_lost = False  # it could not be had: it is closed, or somebody else has it
 
 
 def _have(seen: _Seen, inode: int) -> _socket.socket | None:
