@@ -91,7 +91,7 @@ class Actor:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise AssertionError(f"{self.process.args} has ended: {self.process.wait(10)}")
+            raise AssertionError(f"{self.process.args!r} has ended: {self.process.wait(10)}")
         return json.loads(line)
 
     def close(self) -> None:

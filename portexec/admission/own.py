@@ -45,15 +45,24 @@ class Own:
         return inode in self._seen if inode else fd in self._hidden
 
     def duplicates(self, but: int = 0) -> list[_socket.socket]:
-        """Those that can be had, without one inode; to be closed soon."""
+        """Those that can be had, without one inode; to be closed soon.
+
+        One that shares is looked for in all processes where it was seen no more: it may have been handed on, and a later socket
+        could join it unasked.
+        """
         found = []
-        for inode, seen in self._seen.items():
+        for inode, seen in list(self._seen.items()):
             if inode == but:
                 continue
             socket = _have(seen, inode)
+            if socket is None and seen.shares:
+                seen.thread, seen.fd = tables.descriptor_of(inode) or (0, -1)
+                socket = _have(seen, inode) if seen.thread else None
             seen.is_lost = socket is None
             if socket is not None:
                 found.append(socket)
+            elif seen.shares and inode not in tables.listeners_on(self.port):
+                del self._seen[inode]
         return found
 
     def joins(self, socket: _socket.socket, host: str, *, is_tidy: bool) -> bool:
