@@ -2,9 +2,10 @@
 
     soak_guard.py [--seconds 60] [--steps N] [--seed N] [--mptcp] [CAST]...
 
-The casts are those of tests/guard_world.py. After every step another user and the same one try to have the number, on seven
-addresses with every option. What the command got is compared with the same sequence in a process of its own, without portexec.
-Needs root. Prints for each cast how many attempts there were, what came of them, and where the command met something else.
+The casts are those of tests/support/guard_world.py. After every step another user and the same one try to have the number, on
+seven addresses with every option. What the command got is compared with the same sequence in a process of its own, without
+portexec. Needs root. Prints for each cast how many attempts there were, what came of them, and where the command met
+something else.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.guard_world import CASTS, KINDS, SEQUENCES, Cast, house, staged
-from tests.guard_world import Sequence as Played
+from tests.support.guard_world import CASTS, KINDS, SEQUENCES, Cast, house, staged
+from tests.support.guard_world import Sequence as Played
 
 LONGEST = 25  # steps of a sequence
 SHOWN = 5  # sequences that are printed of each kind of finding

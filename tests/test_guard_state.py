@@ -6,7 +6,6 @@ have the number. What the steps and the players are is in guard_world.py; script
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,13 +13,65 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from tests import guard_world
-from tests.guard_world import CASTS, HOSTS, KINDS, SERVED, Sequence, Stage, staged
+from tests.support import guard_world
+from tests.support.guard_world import CASTS, HOSTS, KINDS, SERVED, Sequence, Stage, staged
 
 EXAMPLES = 60
 STEPS = 25  # of one example at the most
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the players are several users")
+pytestmark = pytest.mark.root  # the players are several users
+
+MAKE_DUAL, MAKE_4, MAKE_6 = ("make", 1, "46", 1, 0, 0), ("make", 2, "4", 1, 0, 0), ("make", 3, "6", 1, 0, 0)
+SERVE_DUAL = (MAKE_DUAL, ("bind", 1, "::"), ("listen", 1))
+# What servers do that lost the number once, or were refused theirs.
+ONCE_WRONG = {
+    "looks whether it is free": [*SERVE_DUAL[:2], ("close", 1), MAKE_4, ("bind", 2, "127.0.0.1"), ("listen", 2)],
+    "restarts with old connections": [*SERVE_DUAL, ("meet", 9, "127.0.0.1"), ("part", 9, 1), ("restart",)] * 4,
+    "closes with open connections": [*SERVE_DUAL, ("meet", 9, "::1"), ("close", 1), *SERVE_DUAL, ("close", 1), *SERVE_DUAL],
+    "shuts down and makes another": [
+        *SERVE_DUAL,
+        ("shut", 1),
+        MAKE_4,
+        ("bind", 2, "0.0.0.0"),
+        ("listen", 1),
+        ("restart",),
+        *SERVE_DUAL,
+    ],
+    "is multipath": [("make", 1, "46", 1, 0, 1), *SERVE_DUAL[1:], ("close", 1), ("restart",), *SERVE_DUAL, ("close", 1)],
+    "has a socket for each family": [MAKE_4, ("bind", 2, "0.0.0.0"), ("listen", 2), MAKE_6, ("bind", 3, "::"), ("listen", 3)],
+    "hands one of two on": [
+        MAKE_4,
+        ("bind", 2, "0.0.0.0"),
+        ("listen", 2),
+        ("hand_on", 2),
+        MAKE_6,
+        ("bind", 3, "::"),
+        ("listen", 3),
+    ],
+    "shares by itself": [
+        ("make", 1, "46", 0, 1, 0),
+        *SERVE_DUAL[1:],
+        ("make", 4, "46", 0, 1, 0),
+        ("bind", 4, "::"),
+        ("listen", 4),
+    ],
+    "shares, and another does not": [
+        ("make", 1, "46", 1, 1, 0),
+        ("bind", 1, "::"),
+        ("hand_on", 1),
+        MAKE_4,
+        ("bind", 2, "0.0.0.0"),
+    ],
+    "was elsewhere before": [
+        MAKE_4,
+        ("listen", 2),
+        ("shut", 2),
+        ("bind", 2, "0.0.0.0"),
+        ("listen", 2),
+        ("bind", 2, "127.0.0.1"),
+    ],
+}
+GUARDED = [name for name, cast in CASTS.items() if cast.hand_off == "guard"]
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +173,16 @@ def test_nobody_gets_the_number(name: str, house: str) -> None:
             ),
         )
     assert stage.attempts > 0
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_what_was_wrong_once(name: str, house: str) -> None:
+    found = {}
+    with staged(CASTS[name], house) as stage:
+        for what, steps in ONCE_WRONG.items():
+            played = Sequence(stage, 0)
+            for step in steps:
+                played.do(*step)
+            played.end()
+            found[what] = played.findings
+    assert not any(found.values()), found

@@ -44,26 +44,32 @@ class Own:
         """Whether this is one of them. An inode of 0 is not known."""
         return inode in self._seen if inode else fd in self._hidden
 
-    def duplicates(self, but: int = 0) -> list[_socket.socket]:
+    def duplicates(self, but: int = 0, *, is_thorough: bool = False) -> list[_socket.socket]:
         """Those that can be had, without one inode; to be closed soon.
 
-        One that shares is looked for in all processes where it was seen no more: it may have been handed on, and a later socket
-        could join it unasked.
+        One that is where it was seen no more is closed, or somebody else has it. `is_thorough`: look for it in all processes.
+        That is always done for one that shares, since a later socket could join it unasked.
         """
         found = []
         for inode, seen in list(self._seen.items()):
             if inode == but:
                 continue
             socket = _have(seen, inode)
-            if socket is None and seen.shares:
-                seen.thread, seen.fd = tables.descriptor_of(inode) or (0, -1)
-                socket = _have(seen, inode) if seen.thread else None
+            if socket is None and (is_thorough or seen.shares):
+                socket = self._look_for(inode, seen)
             seen.is_lost = socket is None
             if socket is not None:
                 found.append(socket)
-            elif seen.shares and inode not in tables.listeners_on(self.port):
-                del self._seen[inode]
         return found
+
+    def _look_for(self, inode: int, seen: _Seen) -> _socket.socket | None:
+        place = tables.descriptor_of(inode)
+        if place is not None:
+            seen.thread, seen.fd = place
+            return _have(seen, inode)
+        if inode not in tables.listeners_on(self.port):
+            del self._seen[inode]
+        return None
 
     def joins(self, socket: _socket.socket, host: str, *, is_tidy: bool) -> bool:
         """Whether the flip would let a socket that does not share join a listener that does; if not tidy, any listener.
@@ -97,10 +103,13 @@ class Others:
         self._own = own
         self._but = but
         self._made: list[_socket.socket] | None = None
+        self._was_thorough = False
 
-    def __call__(self) -> list[_socket.socket]:
-        if self._made is None:
-            self._made = self._own.duplicates(self._but)
+    def __call__(self, is_thorough: bool) -> list[_socket.socket]:
+        if self._made is None or (is_thorough and not self._was_thorough):
+            _close(self._made or ())
+            self._was_thorough = is_thorough
+            self._made = self._own.duplicates(self._but, is_thorough=is_thorough)
         return self._made
 
     def __enter__(self) -> Others:

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 
-from thief import ADDRESSES, become
+from thief import ADDRESSES, become  # type: ignore[import-not-found]
 
 MPTCP = 262
 

@@ -47,8 +47,14 @@ def outcome(call, *arguments):
     try:
         call(*arguments)
     except OSError as error:
-        return errno.errorcode.get(error.errno, str(error))
+        return errno.errorcode.get(error.errno or 0, str(error))
     return "ok"
+
+
+def become(user):
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
 
 
 class Worker:
@@ -141,9 +147,7 @@ class Worker:
         return "ok"
 
     def drop(self, user):
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
+        become(user)
         return "ok"
 
     def leave(self):
@@ -184,7 +188,7 @@ def main():
         if option == "--own-network":
             enter_own_network()
         elif option == "--as":
-            Worker.drop(None, int(words.pop(0)))
+            become(int(words.pop(0)))
             ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
         else:
             inherited = int(words.pop(0))

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 STRANGER = 65534
 DROPPED = 1000
 FIRST_BARE = 20000  # numbers in a namespace of their own
