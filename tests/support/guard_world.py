@@ -106,7 +106,7 @@ class Stage:
         self.cast = cast
         self.begun = [0] * KINDS
         self.attempts = 0
-        python = _python_for(cast.user, home)
+        python = python_for(cast.user, home)
         puppet = [python, f"{home}/tests/children/puppet.py"]
         become = ["--as", str(cast.command)] if cast.command != cast.user else []
         environment = {**os.environ, "PYTHONPATH": home, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -293,7 +293,7 @@ def staged(cast: Cast, home: str, *, sequences: int = SEQUENCES, with_mptcp: boo
         yield Stage(cast, stack, home, sequences=sequences, with_mptcp=with_mptcp)
 
 
-def _python_for(user: int, home: str) -> str:
+def python_for(user: int, home: str) -> str:
     """A Python that this user can run, and that can import portexec."""
     for python in (sys.executable, "/usr/bin/python3"):
         options: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user != os.geteuid() else {}
