@@ -179,6 +179,7 @@ class Run:
         is_server = start is not self.tests
         if RUNNING in news and is_server:
             self.reporter.tell("started", pid=start.pid)
+            self.server.has_begun(start)
         if ENDED in news and start.end is not None:
             if is_server and start.has_reached(RUNNING):
                 self.reporter.tell("ended", status=start.end.wait_status, by_itself=start.end.by_itself)

@@ -188,7 +188,7 @@ class Server:
     async def _look_after(self, start: Start) -> None:
         if start.state == IDLE and await first(start.reaches(ENDED), self._hears_client()) == 1:
             start.begin()
-        if await first(start.reaches(ENDED), start.reaches(RUNNING)) == 1:
+        if await first(start.reaches(ENDED), start.reaches(RUNNING)) == 1 and self._ready.form != NONE:
             await self._make_ready(start)
         await start.reaches(GONE)
         self.starts.remove(start)
@@ -203,20 +203,23 @@ class Server:
         sockets = [listener.socket for listener in self.launch.bound.listeners if listener.socket is not None]
         await first(*(readable(socket) for socket in sockets))
 
-    async def _make_ready(self, start: Start) -> None:
-        """Wait until it is ready, its end, or the end of the time that it has."""
-        readiness = Readiness(
+    def has_begun(self, start: Start) -> None:
+        """The command runs. Where nothing else is waited for, it is ready, before anything else can come of it."""
+        if self._ready.form == NONE:
+            self._become_ready(start, self._readiness_of(start))
+
+    def _readiness_of(self, start: Start) -> Readiness:
+        return Readiness(
             self._ready,
             self.listeners,
             start,
             is_admitted=self.launch.choice.hand_off == GUARD,
             is_shared=lambda: len(self.starts) > 1,
         )
-        if self._ready.form == NONE:
-            if not start.has_reached(ENDED):
-                self._become_ready(start, readiness)  # before anything else can come of it
-            return
-        patience = self._patience_with(start)
+
+    async def _make_ready(self, start: Start) -> None:
+        """Wait until it is ready, its end, or the end of the time that it has."""
+        readiness, patience = self._readiness_of(start), self._patience_with(start)
         waiting = (start.reaches(ENDED), readiness.wait(), self.reporter.show_progress(readiness.what))
         found = await first(*waiting, within=patience)
         if found == 1:
