@@ -110,9 +110,6 @@ class Stage:
         puppet = [python, f"{home}/tests/children/puppet.py"]
         become = ["--as", str(cast.command)] if cast.command != cast.user else []
         environment = {**os.environ, "PYTHONPATH": home, "PYTHONDONTWRITEBYTECODE": "1"}
-        as_user: dict[str, Any] = (
-            {"user": cast.user, "group": cast.user, "extra_groups": []} if cast.user != os.geteuid() else {}
-        )
         more = ["mptcp"] if with_mptcp else []
 
         def start(words: list[str], **options: Any) -> Actor:
@@ -125,7 +122,7 @@ class Stage:
         ports = ",".join(f"{{n{n}.port}}" for n in range(sequences))
         inherited = ["--inherited", "{n0.fd}"] if cast.hand_off == "fd" else []
         portexec = [python, "-m", "portexec", "-q", "-H", cast.hand_off, *listen, "--"]
-        self.guarded = start([*portexec, *puppet, *become, *inherited, ports], **as_user)
+        self.guarded = start([*portexec, *puppet, *become, *inherited, ports], **as_user(cast.user))
         self.ports = self.guarded.hear()
         self.bare: Actor | None = None
         if cast.is_compared:
@@ -293,12 +290,16 @@ def staged(cast: Cast, home: str, *, sequences: int = SEQUENCES, with_mptcp: boo
         yield Stage(cast, stack, home, sequences=sequences, with_mptcp=with_mptcp)
 
 
+def as_user(user: int) -> dict[str, Any]:
+    """The options of Popen that start a process as this user."""
+    return {"user": user, "group": user, "extra_groups": []} if user != os.geteuid() else {}
+
+
 def python_for(user: int, home: str) -> str:
     """A Python that this user can run, and that can import portexec."""
     for python in (sys.executable, "/usr/bin/python3"):
-        options: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user != os.geteuid() else {}
         try:
-            done = subprocess.run([python, "-c", "import portexec.cli"], cwd=home, capture_output=True, **options)
+            done = subprocess.run([python, "-c", "import portexec.cli"], cwd=home, capture_output=True, **as_user(user))
         except OSError:
             continue
         if done.returncode == 0:
