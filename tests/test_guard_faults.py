@@ -239,9 +239,9 @@ def test_what_fails_in_the_parent_fails_no_other_bind() -> None:
         "for _ in sys.stdin: print(attempt(0), attempt(int(os.environ['PORT'])), flush=True)"
     )
     with running(*GUARD, sys.executable, "-c", script, stdin=subprocess.PIPE) as started:
+        assert asked(started) == "0 0"
         (shim,) = children_of(started.process.pid)
         limits = resource.prlimit(shim, resource.RLIMIT_NOFILE)
-        assert asked(started) == "0 0"
         resource.prlimit(shim, resource.RLIMIT_NOFILE, (3, limits[1]))
         assert asked(started) == f"0 {errno.EADDRINUSE}"
         resource.prlimit(shim, resource.RLIMIT_NOFILE, limits)

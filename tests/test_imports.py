@@ -81,7 +81,7 @@ lifetime.events: binding.listeners command.publish control kernel launch parent.
 lifetime.notify: binding.unix command.undo errors
 lifetime.probe: binding.listeners binding.tables binding.unix parent.loop
 lifetime.readiness: binding.listeners binding.tables lifetime.probe lifetime.start parent.loop procfs request
-lifetime.replacement: errors lifetime.events lifetime.start parent.loop
+lifetime.replacement: errors lifetime.events lifetime.start parent.loop procfs
 lifetime.run: command.plan control errors launch lifetime.events lifetime.notify lifetime.server lifetime.start parent.loop
     parent.shim parent.signals parent.tree parent.witness request
 lifetime.server: command.plan errors launch lifetime.backoff lifetime.events lifetime.readiness lifetime.replacement

@@ -21,6 +21,7 @@ import pytest
 from tests.support import DEADLINE, PORTEXEC, child, is_gone, status_of, wait_for
 from tests.support.installed import program
 from tests.support.proc import children_of, is_pending, processes_with
+from tests.support.processes import tell_again
 from tests.support.terminals import Terminal, terminal_with
 
 pytestmark = pytest.mark.once
@@ -430,7 +431,7 @@ def test_a_second_request_kills_at_once_what_a_killed_shim_has_left(make_run: Ma
         assert wait_for(lambda: int(status_of(left)["PPid"]) == process.pid)  # and not a process outside
         process.terminate()
         assert wait_for(lambda: not is_pending(process.pid, signal.SIGTERM))
-        process.terminate()
+        tell_again(process, signal.SIGTERM)
         process.wait(DEADLINE)
         assert run.is_nothing_left()
 

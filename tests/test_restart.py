@@ -94,8 +94,7 @@ def test_an_end_that_is_not(restart: str, end: str, how: str, hand_off: str) -> 
         assert restarts(server, how) == "0.1"
         server.comes_up()
         assert server.pid != first
-        server.process.terminate()
-        assert server.ended() == -signal.SIGTERM
+        assert server.stopped() == -signal.SIGTERM
         assert is_gone(server.pid)
 
 
@@ -129,8 +128,8 @@ def test_ends_after_it_was_ready_are_never_enough() -> None:
             assert restarts(server) == delay
             if delay != "1.6":
                 server.comes_up()
-        server.process.terminate()  # told to stop, it does not wait for the rest of the delay
-        assert server.ended() == -signal.SIGTERM
+        # told to stop, it does not wait for the rest of the delay
+        assert server.stopped() == -signal.SIGTERM
 
 
 def test_one_that_is_not_ready_in_time_is_started_again() -> None:
@@ -470,7 +469,7 @@ def test_what_the_new_one_accepts_does_not_make_the_old_one_ready(tmp_path: Path
         server.comes_up()
         order(server, tmp_path, 2, "take PORT 3", "keep PORT", "keep PORT")
         server.started.line("^portexec: ready after ")
-        assert "the new generation is ready" in server.started.line("ready").string
+        assert "the new start is ready" in server.started.line("ready").string
         assert wait_for(lambda: is_gone(old))
 
 
@@ -795,8 +794,7 @@ def test_the_files_are_removed_when_it_cannot_be_executed(hand_off: str, tmp_pat
 def test_the_files_are_removed_when_it_is_told_to_stop(hand_off: str, number: int, tmp_path: Path) -> None:
     with serving(*files(tmp_path), "--ready", f"notify:{tmp_path}/notify", "-H", hand_off) as server:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "notify", "port"]
-        server.process.send_signal(number)
-        assert server.ended() == -number
+        assert server.stopped(number) == -signal.SIGTERM  # as the server ended
     assert list(tmp_path.iterdir()) == []
 
 

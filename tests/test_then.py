@@ -25,6 +25,7 @@ from tests.support import DEADLINE, PORTEXEC, Running, child, is_gone, run, runn
 from tests.support.installed import needs_ipv6, program
 from tests.support.network import port_of
 from tests.support.proc import children_of, is_pending, state
+from tests.support.processes import tell_again
 from tests.support.terminals import CTRL_C, terminal_with
 
 HAND_OFFS = ["fd", "guard", "hold"]
@@ -472,7 +473,7 @@ def test_told_twice_it_kills_at_once(hand_off: str, number: signal.Signals) -> N
         started.process.send_signal(number)
         assert next_line(started) == "SIGTERM"
         assert not is_gone(tests)
-        started.process.send_signal(number)
+        tell_again(started.process, number)
         assert started.process.wait(DEADLINE) == -number
         assert is_gone(pid)
         assert is_gone(tests)
@@ -735,7 +736,7 @@ def test_a_hup_for_what_has_survived_its_terminal_is_from_somebody_else(tmp_path
             terminal.hang_up()
             terminal.status()
             os.kill(pid, signal.SIGHUP)
-            assert wait_for(lambda: "the new generation is ready" in output.read_text())
+            assert wait_for(lambda: "the new start is ready" in output.read_text())
             os.kill(pid, signal.SIGTERM)
             assert wait_for(lambda: is_gone(pid))
         finally:

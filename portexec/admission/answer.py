@@ -173,8 +173,8 @@ class Admission:
         if made in self._unheard:
             del self._unheard[made]
             return 0, made
-        if _port_of(socket):
-            return CONTINUE, None  # a second bind: the kernel's to refuse
+        if _port_of(socket) and (code := _errno_of_bind(socket, address)) != errno.EADDRINUSE:
+            return code, None  # it is bound already
         if not can_flip(guard, socket):
             return self._gate(notification, fd, [port], "the socket is another user's"), None
         code = self._bind_past(guard, socket, address)
@@ -363,6 +363,18 @@ def _same_network(socket: _socket.socket, guard: Guard) -> bool:
 
 def _port_of(socket: _socket.socket) -> int:
     return int(socket.getsockname()[1])
+
+
+def _errno_of_bind(socket: _socket.socket, address: bytes) -> int:
+    """What the kernel says to a bind that the guard is in the way of.
+
+    A socket that is bound gets EINVAL. One that has been, to any number, and was shut down since, still tells its number.
+    """
+    try:
+        kernel.bind(socket.fileno(), address)
+    except OSError as error:
+        return error.errno or errno.EADDRINUSE
+    return 0
 
 
 def _host_in(address: bytes, socket: _socket.socket) -> str:

@@ -49,8 +49,8 @@ class Gate:
         self._end = time.monotonic() + _LONGEST
 
     def has_left(self) -> bool:
-        """Whether the thread has left its call."""
-        if _has_ended(self.thread):
+        """Whether the thread has left its call, or is about to since the call has had its effect."""
+        if self._is_heard() or _has_ended(self.thread):
             return True
         call = _call_of(self.thread)
         if call and self._call and call != _RUNNING:
@@ -58,6 +58,13 @@ class Gate:
         if _sleeps_of(self.thread) > self._sleeps or _work_of(self.thread) - self._work > _WORK:
             return True
         return time.monotonic() > self._end
+
+    def _is_heard(self) -> bool:
+        """Whether the socket listens that was to."""
+        if self.is_bind:
+            return False
+        listening = tables.listeners_on(self.guard.port)
+        return self.inode in listening if self.inode else not self.before.issuperset(listening)
 
 
 class Gates:

@@ -33,6 +33,7 @@ class Own:
         self._seen[inode] = _Seen(thread, fd, host, shares)
         if len(self._seen) > self._limit:
             _close(self.duplicates())
+            self.strangers(tables.listeners_on(self.port))
             self._limit = max(_FEW, 2 * len(self._seen))
 
     def add_hidden(self, fd: int) -> None:
@@ -43,18 +44,32 @@ class Own:
         """Whether this is one of them. An inode of 0 is not known."""
         return inode in self._seen if inode else fd in self._hidden
 
-    def duplicates(self, but: int = 0) -> list[_socket.socket]:
-        """Those that can be had, without one inode; to be closed soon. Those that are gone are forgotten."""
+    def duplicates(self, but: int = 0, *, is_thorough: bool = False) -> list[_socket.socket]:
+        """Those that can be had, without one inode; to be closed soon.
+
+        One that is where it was seen no more is closed, or somebody else has it. `is_thorough`: look for it in all processes.
+        That is always done for one that shares, since a later socket could join it unasked.
+        """
         found = []
         for inode, seen in list(self._seen.items()):
             if inode == but:
                 continue
             socket = _have(seen, inode)
+            if socket is None and (is_thorough or seen.shares):
+                socket = self._look_for(inode, seen)
+            seen.is_lost = socket is None
             if socket is not None:
                 found.append(socket)
-            elif inode not in tables.listeners_on(self.port):
-                del self._seen[inode]
         return found
+
+    def _look_for(self, inode: int, seen: _Seen) -> _socket.socket | None:
+        place = tables.descriptor_of(inode)
+        if place is not None:
+            seen.thread, seen.fd = place
+            return _have(seen, inode)
+        if inode not in tables.listeners_on(self.port):
+            del self._seen[inode]
+        return None
 
     def joins(self, socket: _socket.socket, host: str, *, is_tidy: bool) -> bool:
         """Whether the flip would let a socket that does not share join a listener that does; if not tidy, any listener.
@@ -72,8 +87,13 @@ class Own:
         return bool(suspects) and not suspects.isdisjoint(tables.listeners_on(self.port))
 
     def strangers(self, listening: Iterable[int], but: int = 0) -> set[int]:
-        """Those among the inodes that listen that are neither the command's nor this one."""
-        return {*listening} - self._seen.keys() - {but}
+        """Those among the inodes that listen that are neither the command's nor this one.
+
+        A socket of the command that could not be had, and does not listen, is gone.
+        """
+        alive = {*listening}
+        self._seen = {inode: seen for inode, seen in self._seen.items() if inode in alive or not seen.is_lost}
+        return alive - self._seen.keys() - {but}
 
 
 class Others:
@@ -83,10 +103,13 @@ class Others:
         self._own = own
         self._but = but
         self._made: list[_socket.socket] | None = None
+        self._was_thorough = False
 
-    def __call__(self) -> list[_socket.socket]:
-        if self._made is None:
-            self._made = self._own.duplicates(self._but)
+    def __call__(self, is_thorough: bool) -> list[_socket.socket]:
+        if self._made is None or (is_thorough and not self._was_thorough):
+            _close(self._made or ())
+            self._was_thorough = is_thorough
+            self._made = self._own.duplicates(self._but, is_thorough=is_thorough)
         return self._made
 
     def __enter__(self) -> Others:
@@ -99,13 +122,14 @@ class Others:
 class _Seen:
     """Where a socket was seen last, and how it was bound."""
 
-    __slots__ = ("fd", "host", "shares", "thread")
+    __slots__ = ("fd", "host", "is_lost", "shares", "thread")
 
     def __init__(self, thread: int, fd: int, host: str, shares: bool) -> None:
         self.thread = thread
         self.fd = fd
         self.host = host
         self.shares = shares
+        self.is_lost = False  # it could not be had: it is closed, or somebody else has it
 
 
 def _have(seen: _Seen, inode: int) -> _socket.socket | None:

@@ -34,7 +34,6 @@ import _socket
 import errno
 import fcntl
 import os
-import sys
 from _socket import (
     AF_INET,
     AF_INET6,
@@ -51,19 +50,23 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    Others = Callable[[], Iterable[_socket.socket]]
+    Others = Callable[[bool], Iterable[_socket.socket]]
 
 IPPROTO_MPTCP = 262
 IP_FREEBIND = 15  # ip(7); a scrub works where its address is nobody's, and where the loopback interface is down
 _FIRST_FREE_FD = 3  # a closed standard stream stays closed: no socket of ours becomes descriptor 0, 1 or 2
 _SCRUBS = 3  # how often each family is tried while a process of the same user interferes
 _DEVICE_SIZE = 16  # IFNAMSIZ
-_SO_ATTACH_FILTER = 26
-_RETURN = 0x06  # of linux/bpf_common.h: BPF_RET
-_POINTER = 8 if sys.maxsize > 1 << 32 else 4
+_IP_MINTTL = 21  # ip(7)
+_IPV6_MINHOPCOUNT = 73  # linux/in6.h
+_GREATEST = 255
 _FAMILIES = (AF_INET, AF_INET6)
 _EVERY_FOUR = "0.0.0.0"
 _EVERY_SIX = "::"
+
+
+def _none(_: bool) -> tuple[_socket.socket, ...]:
+    return ()
 
 
 class Guard:
@@ -74,7 +77,7 @@ class Guard:
     another process knows nothing. `last_owner` is the user that the last flip made the guard belong to, None for our own.
     """
 
-    __slots__ = ("is_tidy", "last_owner", "port", "socket")
+    __slots__ = ("_is_named", "is_tidy", "last_owner", "port", "socket")
 
     def __init__(self, number: int) -> None:
         """Guard this number, 0 for any that is free. Raises OSError when it cannot be had."""
@@ -84,17 +87,16 @@ class Guard:
         try:
             _bind_guard(self.socket, address, number)
             self.port: int = self.socket.getsockname()[1]
-            if not number:
-                self._bind_by_name(address)
+            self._is_named = bool(number) or self._bind_by_name(address)
         except BaseException:
             self.socket.close()
             raise
 
-    def _bind_by_name(self, address: str) -> None:
+    def _bind_by_name(self, address: str) -> bool:
         """Put a socket in our place that has asked for the number.
 
         The kernel takes the number from a socket that it was chosen for when that socket has listened and is shut down, so
-        such a guard could not be washed.
+        such a guard cannot be washed.
         """
         named, _ = _any_socket()
         try:
@@ -102,9 +104,10 @@ class Guard:
                 named.bind((address, self.port))
         except OSError:
             named.close()  # in a sandbox whose kernel knows no flip; the number is ours, which is what counts
-            return
+            return False
         self.socket.close()
         self.socket = named
+        return True
 
     def fileno(self) -> int:
         """Its descriptor."""
@@ -118,7 +121,7 @@ class Guard:
         """Give up the number, or this process' copy of the guard."""
         self.socket.close()
 
-    def tidy(self, owner: int | None = None, others: Others = tuple) -> bool:
+    def tidy(self, owner: int | None = None, others: Others = _none) -> bool:
         """Scrub or wash what an earlier flip may have left. False: a process of `owner` with SO_REUSEPORT can still pass.
 
         `others` gives the sockets that may have to make room for a scrub, as for a flip.
@@ -137,13 +140,20 @@ class Guard:
         return any(_can_bind(self.port, _random_address(family), owner) for family in _FAMILIES)
 
     def _wash(self, owner: int | None) -> bool:
-        """Listen for an instant. A client of that instant is not heard at all, rather than accepted."""
-        _drop_what_comes(self.socket)
+        """Listen for an instant. Who connects in that instant is not heard, and tries again, rather than accepted.
+
+        So it is with packets of a lower hop limit than the greatest, which is what senders use.
+        """
+        if not self._is_named:
+            return False
         try:
+            self.socket.setsockopt(IPPROTO_IP, _IP_MINTTL, _GREATEST)
+            if self.socket.family == AF_INET6:
+                self.socket.setsockopt(IPPROTO_IPV6, _IPV6_MINHOPCOUNT, _GREATEST)
             self.socket.listen(0)
+            self.socket.shutdown(_socket.SHUT_RDWR)
         except OSError:
             return False  # something overlaps the guard: a socket of the command, or connections that are left of one
-        self.socket.shutdown(_socket.SHUT_RDWR)
         return not self._lets_in(owner)
 
 
@@ -176,21 +186,11 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
         mutex.close()
 
 
-def _drop_what_comes(socket: _socket.socket) -> None:
-    """Attach a filter that lets no packet through, socket(7): a struct sock_fprog with the one instruction `return 0`."""
-    from array import array
-
-    instruction = array("B", _RETURN.to_bytes(2, sys.byteorder) + bytes(6))
-    address, _ = instruction.buffer_info()
-    program = (1).to_bytes(2, sys.byteorder).ljust(_POINTER, b"\0") + address.to_bytes(_POINTER, sys.byteorder)
-    socket.setsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, program)
-
-
 class Flip:
     """The time in which `socket` may be bound to `host`, or may listen there, beside the guard; see the module's text.
 
     `others` gives the sockets that are bound to the number already and that are no stranger's: the command's, or ours. It is
-    called when they are needed.
+    called when they are needed, with whether it may take long to find them.
     `is_clean`, at its end: nobody can come the same way. It is false where no scrub could be had.
 
     Root can do better than share with one user: for this time the sockets belong to a user that nobody is and that nobody can
@@ -201,7 +201,7 @@ class Flip:
 
     __slots__ = ("_guard", "_host", "_is_hidden", "_others", "_owner", "_owners", "_socket", "_was_shared", "is_clean")
 
-    def __init__(self, guard: Guard, socket: _socket.socket, host: str, others: Others = tuple) -> None:
+    def __init__(self, guard: Guard, socket: _socket.socket, host: str, others: Others = _none) -> None:
         self._guard = guard
         self._socket = socket
         self._host = host
@@ -265,7 +265,7 @@ class Flip:
         """
         if self._was_shared:
             return
-        for other in self._others():
+        for other in self._others(False):
             if (not is_tidy or other.getsockopt(SOL_SOCKET, SO_REUSEPORT)) and self._conflicts_with(other):
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
@@ -299,7 +299,7 @@ def _scrub(guard: Guard, families: tuple[int, ...], owner: int | None, others: O
     """Replace what the cache holds. The guard shares no longer afterwards. False: nothing that we can bind replaces it."""
     if any(_replace(guard, family, owner) for family in families * _SCRUBS):
         return True
-    opened = [socket for socket in others() if not socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)]
+    opened = [socket for socket in others(True) if not socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)]
     try:
         for socket in opened:
             socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)

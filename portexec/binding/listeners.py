@@ -129,7 +129,7 @@ class Bound:
         if guard is None:
             socket.listen(self.backlog)
             return
-        with Flip(guard, socket, socket.getsockname()[0], lambda: self.sockets_on(port, but=socket)):
+        with Flip(guard, socket, socket.getsockname()[0], lambda _: self.sockets_on(port, but=socket)):
             socket.listen(self.backlog)
 
     def sockets_on(self, port: int, but: _socket.socket | None = None) -> list[_socket.socket]:
@@ -274,7 +274,7 @@ def _bind_tcp(
     try:
         socket = _inet_socket(family, spec)
         sockaddr = address(guard.port)
-        with Flip(guard, socket, sockaddr[0], lambda: bound.sockets_on(guard.port)):
+        with Flip(guard, socket, sockaddr[0], lambda _: bound.sockets_on(guard.port)):
             socket.bind(sockaddr)
             if backlog is not None:
                 socket.listen(backlog)

@@ -226,35 +226,42 @@ def _address(text: bytes) -> bytes:
 
 def process_of(inode: int) -> tuple[int, str] | None:
     """Pid and name of a process that has the socket open, or None where /proc does not tell."""
-    wanted = f"socket:[{inode}]"
+    found = descriptor_of(inode)
+    return None if found is None else (found[0], name_of(found[0]))
+
+
+def descriptor_of(inode: int) -> tuple[int, int] | None:
+    """Pid and descriptor of a process that has the socket open, or None where /proc does not tell."""
     try:
         pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
     except OSError:
         return None
     for pid in pids:
-        if _has_open(pid, wanted):
-            return pid, name_of(pid)
+        fd = _descriptor(pid, inode)
+        if fd is not None:
+            return pid, fd
     return None
 
 
 def has_open(pids: Iterable[int], inode: int) -> bool:
     """Whether one of these processes has the socket open."""
-    return any(_has_open(pid, f"socket:[{inode}]") for pid in pids)
+    return any(_descriptor(pid, inode) is not None for pid in pids)
 
 
-def _has_open(pid: int, wanted: str) -> bool:
+def _descriptor(pid: int, inode: int) -> int | None:
+    wanted = f"socket:[{inode}]"
     directory = f"/proc/{pid}/fd"
     try:
         descriptors = os.listdir(directory)
     except OSError:
-        return False
+        return None
     for descriptor in descriptors:
         try:
             if os.readlink(f"{directory}/{descriptor}") == wanted:
-                return True
+                return int(descriptor)
         except OSError:
             continue
-    return False
+    return None
 
 
 def name_of(pid: int) -> str:

@@ -14,7 +14,6 @@ import _socket
 import errno
 import os
 import sys
-from functools import partial
 
 from portexec.binding import tables, unix
 from portexec.binding.listeners import Listener
@@ -136,15 +135,16 @@ class Probe:
         ways: list[Callable[[], int | None]]
         if self.listener.path:
             ways = [
-                partial(tables.accepted_unix_inode, os.fstat(self._socket.fileno()).st_ino),
+                lambda: tables.accepted_unix_inode(os.fstat(self._socket.fileno()).st_ino),
                 lambda: None if tables.unix_backlog(self.listener.path) else _UNKNOWN,
             ]
         else:
+            socket = self.listener.socket
             server, client = self._socket.getpeername()[:2], self._socket.getsockname()[:2]
             ways = [
-                partial(tables.accepted_inode, server, client),
-                *([partial(_none_while_waiting, self.listener.socket)] if self.listener.socket is not None else []),
-                partial(tables.accepted_inode_in_proc, server, client),
+                lambda: tables.accepted_inode(server, client),
+                *([lambda: _none_while_waiting(socket)] if socket is not None else []),
+                lambda: tables.accepted_inode_in_proc(server, client),
             ]
         for way in ways:
             try:

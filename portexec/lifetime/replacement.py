@@ -5,6 +5,7 @@ from __future__ import annotations
 from portexec.errors import how_it_ended, reason
 from portexec.lifetime.start import ENDED, READY, RUNNING
 from portexec.parent.loop import first
+from portexec.procfs import is_ending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ async def replace(old: Start, begin: Callable[[], Start], reporter: Reporter) ->
 
 
 def _what_now(old: Start) -> str:
-    return "and the old one has ended meanwhile" if old.has_reached(ENDED) else "the old one goes on"
+    # Its end may be on its way to us, by way of another shim.
+    has_ended = old.has_reached(ENDED) or is_ending(old.pid)
+    return "and the old one has ended meanwhile" if has_ended else "the old one goes on"
 
 
 def _why(new: Start) -> str:

@@ -246,9 +246,9 @@ class Run:
         """Stop by a signal; at once when it is told again."""
         now = time.monotonic()
         last, self.stopping.signal = self.stopping.signal, signal
-        is_same = last is not None and last.number == signal.number and now - self.stopping.signal_at < _ONE_REQUEST
+        is_soon = last is not None and last.number == signal.number and now - self.stopping.signal_at < _ONE_REQUEST
         self.stopping.signal_at = now
-        if is_same:
+        if is_soon and not signal.from_terminal:
             return
         if last is None and not self.stopping.is_decided.is_set():
             self.stopping.decide(Outcome(signal.number, is_by_signal=True))

@@ -235,7 +235,7 @@ class Server:
         self.listeners = readiness.followed()
         start.become_ready()
         self.reporter.tell_ready(start.pid, self.listeners)
-        if self._ready.form != NONE:
+        if self.lifetime.is_asked_for_with(self.launch.choice.hand_off):
             self.reporter.detail(f"ready after {time.monotonic() - (start.began or 0):.2f}s")
         if not self.is_ready.is_set():
             self.is_ready.set()

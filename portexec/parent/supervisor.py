@@ -232,19 +232,16 @@ class Supervisor:
         if self.told.to_stop.is_set():
             return
         self.told.begin()
-        if sender == ALONE:
-            self._send(number)
-        else:
-            self._pass_on(number, sender)
+        self._pass_on(number, sender, number if self.job.leaves_daemons else _signal.SIGTERM)
 
-    def _pass_on(self, number: int, sender: int) -> None:
-        """Send the command what portexec was sent, unless the whole group was."""
+    def _pass_on(self, number: int, sender: int, sent: int | None = None) -> None:
+        """Send the command what portexec was sent, or another signal for it, unless the whole group was sent it."""
 
         def decide(was_sent_to_all: bool) -> None:
             if was_sent_to_all and self._is_in_our_group():
                 self.told.was_sent_to_all = True
             else:
-                self._send(number)
+                self._send(sent or number)
 
         self.witness.hear(number, sender, decide)
 

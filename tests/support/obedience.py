@@ -44,6 +44,12 @@ class Server:
         assert out == ""
         return self.process.returncode
 
+    def stopped(self, number: int = signal.SIGTERM) -> int:
+        """Send portexec a signal that ends it; the status. Standard input stays open till then: its end is the server's."""
+        self.process.send_signal(number)
+        self.process.wait(DEADLINE)
+        return self.ended()
+
     def comes_up(self) -> None:
         """Wait until it runs."""
         word, _, pid = self.heard().partition(" ")

@@ -9,12 +9,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, wait_for
+
+ONE_REQUEST = 0.1  # seconds in which the same signal to end, twice, is one request
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHILDREN = ROOT / "tests" / "children"
@@ -76,6 +79,13 @@ class Running:
             kill_group(self.process.pid)
         self.process.communicate(timeout=DEADLINE)
         return self.process.returncode
+
+
+def tell_again(process: subprocess.Popen[Any], number: int) -> None:
+    """Send a signal once more, when so much time has passed that it is another request."""
+    now = time.monotonic()
+    wait_for(lambda: time.monotonic() > now + ONE_REQUEST)
+    process.send_signal(number)
 
 
 def kill_group(pid: int) -> None:

@@ -1,0 +1,188 @@
+"""Nobody gets the number, whatever the command does with its sockets; and what it gets is what it would get without us.
+
+A state machine: one step after the other is made below portexec and bare, and after each one two other users' processes try to
+have the number. What the steps and the players are is in guard_world.py; scripts/soak_guard.py plays for as long as one likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from tests.support import guard_world
+from tests.support.guard_world import CASTS, HOSTS, KINDS, SERVED, Sequence, Stage, staged
+
+EXAMPLES = 60
+STEPS = 25  # of one example at the most
+
+pytestmark = pytest.mark.root  # the players are several users
+
+MAKE_DUAL, MAKE_4, MAKE_6 = ("make", 1, "46", 1, 0, 0), ("make", 2, "4", 1, 0, 0), ("make", 3, "6", 1, 0, 0)
+SERVE_DUAL = (MAKE_DUAL, ("bind", 1, "::"), ("listen", 1))
+# What servers do that lost the number once, or were refused theirs.
+ONCE_WRONG = {
+    "looks whether it is free": [*SERVE_DUAL[:2], ("close", 1), MAKE_4, ("bind", 2, "127.0.0.1"), ("listen", 2)],
+    "restarts with old connections": [*SERVE_DUAL, ("meet", 9, "127.0.0.1"), ("part", 9, 1), ("restart",)] * 4,
+    "closes with open connections": [*SERVE_DUAL, ("meet", 9, "::1"), ("close", 1), *SERVE_DUAL, ("close", 1), *SERVE_DUAL],
+    "shuts down and makes another": [
+        *SERVE_DUAL,
+        ("shut", 1),
+        MAKE_4,
+        ("bind", 2, "0.0.0.0"),
+        ("listen", 1),
+        ("restart",),
+        *SERVE_DUAL,
+    ],
+    "is multipath": [("make", 1, "46", 1, 0, 1), *SERVE_DUAL[1:], ("close", 1), ("restart",), *SERVE_DUAL, ("close", 1)],
+    "has a socket for each family": [MAKE_4, ("bind", 2, "0.0.0.0"), ("listen", 2), MAKE_6, ("bind", 3, "::"), ("listen", 3)],
+    "hands one of two on": [
+        MAKE_4,
+        ("bind", 2, "0.0.0.0"),
+        ("listen", 2),
+        ("hand_on", 2),
+        MAKE_6,
+        ("bind", 3, "::"),
+        ("listen", 3),
+    ],
+    "shares by itself": [
+        ("make", 1, "46", 0, 1, 0),
+        *SERVE_DUAL[1:],
+        ("make", 4, "46", 0, 1, 0),
+        ("bind", 4, "::"),
+        ("listen", 4),
+    ],
+    "shares, and another does not": [
+        ("make", 1, "46", 1, 1, 0),
+        ("bind", 1, "::"),
+        ("hand_on", 1),
+        MAKE_4,
+        ("bind", 2, "0.0.0.0"),
+    ],
+    "was elsewhere before": [
+        MAKE_4,
+        ("listen", 2),
+        ("shut", 2),
+        ("bind", 2, "0.0.0.0"),
+        ("listen", 2),
+        ("bind", 2, "127.0.0.1"),
+    ],
+}
+GUARDED = [name for name, cast in CASTS.items() if cast.hand_off == "guard"]
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[str]:
+    with guard_world.house() as home:
+        yield home
+
+
+def machine_for(stage: Stage) -> type[RuleBasedStateMachine]:
+    """The state machine that plays on this stage."""
+
+    class Machine(RuleBasedStateMachine):
+        played: Sequence
+
+        def pick(self, names: list[int], number: int) -> int:
+            return names[number % len(names)]
+
+        @property
+        def mine(self) -> list[int]:
+            return [name for name in self.played.families if name not in self.played.handed_on]
+
+        @initialize(kind=st.integers(0, KINDS - 1))
+        def begin(self, kind: int) -> None:
+            self.played = Sequence(stage, kind)
+
+        @precondition(lambda self: len(self.played.families) < guard_world.MANY)
+        @rule(family=st.sampled_from([*HOSTS]), reuse=st.integers(0, 3), is_mptcp=st.sampled_from([0, 0, 0, 1]))
+        def make(self, family: str, reuse: int, is_mptcp: int) -> None:
+            self.played.make(family, reuse & 1, reuse >> 1, is_mptcp=is_mptcp)
+
+        @precondition(lambda self: self.mine)
+        @rule(which=st.integers(0, 5), host=st.integers(0, 5))
+        def bind(self, which: int, host: int) -> None:
+            name = self.pick(self.mine, which)
+            hosts = HOSTS[self.played.families[name]]
+            self.played.do("bind", name, hosts[host % len(hosts)])
+
+        @precondition(lambda self: self.mine)
+        @rule(which=st.integers(0, 5))
+        def listen(self, which: int) -> None:
+            self.played.do("listen", self.pick(self.mine, which))
+
+        @precondition(lambda self: self.mine)
+        @rule(which=st.integers(0, 5))
+        def shut_down(self, which: int) -> None:
+            self.played.do("shut", self.pick(self.mine, which))
+
+        @precondition(lambda self: self.mine)
+        @rule(which=st.integers(0, 5))
+        def hand_on(self, which: int) -> None:
+            self.played.hand_on(self.pick(self.mine, which))
+
+        @precondition(lambda self: self.played.families)
+        @rule(which=st.integers(0, 5))
+        def close(self, which: int) -> None:
+            self.played.close(self.pick([*self.played.families], which))
+
+        @rule(host=st.sampled_from(SERVED))
+        def meet(self, host: str) -> None:
+            self.played.meet(host)
+
+        @precondition(lambda self: self.played.connections)
+        @rule(which=st.integers(0, 5), side=st.integers(0, 1))
+        def part(self, which: int, side: int) -> None:
+            name = self.pick([*self.played.connections], which)
+            self.played.part(name, self.pick(self.played.connections[name], side))
+
+        @precondition(lambda self: self.played.can_drop)
+        @rule()
+        def drop(self) -> None:
+            self.played.drop()
+
+        @rule()
+        def restart(self) -> None:
+            self.played.restart()
+
+        @invariant()
+        def nothing_is_found(self) -> None:
+            assert self.played.findings == []
+
+        def teardown(self) -> None:
+            if hasattr(self, "played"):
+                self.played.end()
+
+    return Machine
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_nobody_gets_the_number(name: str, house: str) -> None:
+    with staged(CASTS[name], house) as stage:
+        run_state_machine_as_test(
+            machine_for(stage),
+            settings=settings(
+                max_examples=EXAMPLES,
+                stateful_step_count=STEPS,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    assert stage.attempts > 0
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_what_was_wrong_once(name: str, house: str) -> None:
+    found = {}
+    with staged(CASTS[name], house) as stage:
+        for what, steps in ONCE_WRONG.items():
+            played = Sequence(stage, 0)
+            for step in steps:
+                played.do(*step)
+            played.end()
+            found[what] = played.findings
+    assert not any(found.values()), found
