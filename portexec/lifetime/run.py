@@ -131,7 +131,7 @@ class Run:
         except OSError as error:
             self.stopping.decide(Outcome.failed(PortexecError(f"cannot start the tests: {reason(error)}")))
             return
-        self.tests.begin(self.launch.bound.undo)
+        self.tests.begin()
         await self.tests.reaches(ENDED)
         end = self.tests.end
         assert end is not None  # noqa: S101  # that is what ENDED means
