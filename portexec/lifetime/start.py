@@ -192,6 +192,8 @@ class Start:
 
     def _take_last(self, kind: bytes, fields: list[str]) -> None:
         """The shim has nothing more to do, could not prepare the start, or was killed."""
+        if self.state == GONE:
+            return  # the end of the link, which came with the last word
         if kind in (words.REFUSED, words.EXHAUSTED):
             failure = PortexecError(f"cannot start the command: {fields[0]}")
             self._has_ended(End(0, by_itself=True, failure=failure))
