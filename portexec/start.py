@@ -123,6 +123,7 @@ class _Parent:
         end = first.end
         if end is None or not end.is_left:
             self.launch.bound.undo.run()  # else the shim that is left does it
+        run.server.current.dismiss()
         return outcome
 
     def _keep_little(self, first: Start) -> None:

@@ -146,7 +146,7 @@ class Run:
         return start
 
     async def _follow_shim(self, start: Start) -> None:
-        while start.shim.link.is_open:
+        while start.state != GONE:
             await readable(start.shim.link)
             self._take()
 
@@ -186,6 +186,8 @@ class Run:
             self._look_for_reason(start)
         if GONE in news:
             self.starts.remove(start)
+            if start is not self.server.current:
+                start.dismiss()
             if start.end is not None and start.end.is_left:
                 self.family.others.add(start.shim.pid)  # it stays with its daemon
 

@@ -158,12 +158,13 @@ class Server:
         try:
             self.listen_again()
             self.launch.bound.make_unix_listeners_anew()
-            self.current = self.make_start()
+            old, self.current = self.current, self.make_start()
         except OSError as error:
             return PortexecError(f"cannot start the command again: {reason(error)}")
         except PortexecError as error:
             return error
         self.current.shim.share(self.launch.bound.undo)
+        old.dismiss()
         return None
 
     def _begin_next(self) -> None:

@@ -147,7 +147,6 @@ class Start:
         if self.state == IDLE:
             self._has_ended(End(0, by_itself=False))
             self._reach(GONE)
-            self.shim.leave()
         else:
             self._is_stopped = True
             self._say(supervisor.STOP, number, sender)
@@ -155,6 +154,11 @@ class Start:
     def kill(self) -> None:
         """End all of it at once."""
         self._say(supervisor.KILL)
+
+    def dismiss(self) -> None:
+        """Let the shim of a start that is gone end: from now on somebody else undoes what was made, should we be killed."""
+        if self.shim.link.is_open:
+            self.shim.leave()
 
     def take(self) -> None:
         """Take all that the shim has said."""
@@ -202,9 +206,6 @@ class Start:
             self._has_ended(End(_signal.SIGKILL, by_itself=not self._is_stopped))
         else:
             self._has_ended(End(0, by_itself=False))
-        if kind == supervisor.GONE:
-            self.shim.wait()
-        self.shim.link.close()
         self._reach(GONE)
 
     def _has_ended(self, end: End) -> None:

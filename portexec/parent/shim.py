@@ -20,7 +20,7 @@ from portexec.parent import link as links
 from portexec.parent import loop
 from portexec.parent.child import Child, fork_child, rehearse
 from portexec.parent.link import Link
-from portexec.parent.supervisor import GONE, Job, Supervisor
+from portexec.parent.supervisor import Job, Supervisor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 PREPARE = b"p"  # fork the child that is to execute the command
 UNDO = b"u"  # an entry of the undo list
 GO = b"g"  # execute the command
-LEAVE = b"l"  # end; nothing runs
+LEAVE = b"l"  # end; nothing runs, and nothing is to be undone
 
 # What the shim says.
 PREPARED = b"d"  # whether anything was gated: the child waits for the word
 REFUSED = b"r"  # why: this machine does not let us admit binds
 EXHAUSTED = b"x"  # why: no child could be started
+GONE = b"o"  # nothing of the command is left; it waits for LEAVE
 
 
 class Shim:
@@ -85,7 +86,7 @@ class Shim:
             self.link.say(UNDO, *entry)
 
     def leave(self) -> None:
-        """End a shim that runs nothing, and wait for it."""
+        """End a shim that runs nothing, and wait for it. Who says so undoes what was made."""
         self.link.say(LEAVE)
         self.link.close()
         self.wait()
@@ -124,11 +125,13 @@ def _run(link: Link, job: Job, inbox: Inbox) -> None:
     if child is not None:
         word = _hear(link, undo)
         if word == GO:
-            is_left = loop.run(Supervisor(child, job, link, inbox).run())
-            word = links.ENDED if is_left or not link.is_open else GO
+            loop.run(Supervisor(child, job, link, inbox).run())
         else:
             child.end()
-            link.say(GONE)
+        link.say(GONE)
+        word = _hear(link, undo)
+    while word not in (LEAVE, links.ENDED):
+        word = _hear(link, undo)  # what comes too late
     if word == links.ENDED:
         undo.run()
 
