@@ -93,31 +93,26 @@ class Admission:
                 found = self._found()
             else:
                 found = await readable(self.notify_fd)
-            if found & select.POLLIN:
-                self._serve()
+            self.serve()
             self._look_behind(self._gates.close_left() if self._gates else ())
         self.close_gates()
         for guard in self.guards.values():
             guard.tidy(guard.last_owner)
 
     def serve(self) -> None:
-        """Answer all that is pending."""
-        while self._found() & select.POLLIN:
-            self._serve()
+        """Answer all that is pending. What arrives meanwhile is received first: only then can no signal interrupt it.
 
-    def _serve(self) -> None:
-        """Answer what is pending. What arrives meanwhile is received first: only then can no signal interrupt it."""
+        Somebody else may have called this since the descriptor was found to be readable; to receive nothing is to wait.
+        """
         pending: list[seccomp.Notification] = []
-        is_readable = True
-        while is_readable or pending:
-            while is_readable:
+        while True:
+            while self._found() & select.POLLIN:
                 notification = seccomp.receive(self.notify_fd)
                 if notification is not None:
                     pending.append(notification)
-                is_readable = bool(self._found() & select.POLLIN)
-            if pending:
-                self._handle(pending.pop(0))
-            is_readable = bool(pending) and bool(self._found() & select.POLLIN)
+            if not pending:
+                return
+            self._handle(pending.pop(0))
 
     def close_gates(self) -> None:
         """Close them all, whoever waits."""

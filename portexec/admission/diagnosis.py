@@ -42,6 +42,14 @@ class Diagnosis(Observer):
             "hint: the command's bind was refused; stop that process, which runs as the same user",
         )
 
+    def not_clean(self, port: int) -> None:
+        if self.verbose:
+            self._say(
+                ("not clean", port),
+                f"note: while the command has all addresses of a family, its user's processes can share port {port} with",
+                "note: SO_REUSEPORT; other users cannot",
+            )
+
     def lose_patience(self) -> None:
         """Say that the command listens on another number than the one it was given."""
         if self._elsewhere is None or self.bound:
