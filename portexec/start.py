@@ -89,7 +89,6 @@ class _Parent:
 
     def run(self) -> Outcome:
         """Start the command, live, and undo what was made. Raises PortexecError, or _MerelyHold with everything as it was."""
-        undo = self.launch.bound.undo
         try:
             first = self._first_start()
             try:
@@ -97,10 +96,9 @@ class _Parent:
             except BaseException:
                 first.shim.leave()
                 raise
-            if first.state != "idle":
-                first.go(undo)
-            else:
-                first.shim.share(undo)
+            first.shim.share(self.launch.bound.undo)
+            if not self.lifetime.is_lazy:
+                first.go()
             return self._live(first)
         except OSError as error:
             raise PortexecError(f"cannot start the command: {reason(error)}") from error

@@ -34,15 +34,17 @@ def play(cast: Cast, home: str, arguments: argparse.Namespace, chance: random.Ra
     end = time.monotonic() + arguments.seconds
     while time.monotonic() < end and count["steps"] < arguments.steps:
         with staged(cast, home, with_mptcp=arguments.mptcp) as stage:
-            for _ in range(SEQUENCES):
+            for number in range(SEQUENCES):
                 if time.monotonic() > end or count["steps"] >= arguments.steps:
                     break
-                played = Played(stage, chance.randrange(KINDS))
+                played = Played(stage, number % KINDS)
                 for _ in range(chance.randint(3, LONGEST)):
                     played.step(chance)
                     count["steps"] += 1
                 played.end()
                 count["sequences"] += 1
+                if played.explained:
+                    count[played.explained] += 1
                 for kind, text in played.findings:
                     count[kind] += 1
                     if count[kind] <= SHOWN:

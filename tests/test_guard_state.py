@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.support import guard_world
-from tests.support.guard_world import CASTS, HOSTS, KINDS, SERVED, Sequence, Stage, staged
+from tests.support.guard_world import CASTS, HOSTS, KINDS, SERVED, STRANGER, Actor, Sequence, Stage, as_user, python_for, staged
 
 EXAMPLES = 60
 STEPS = 25  # of one example at the most
@@ -186,3 +186,30 @@ def test_what_was_wrong_once(name: str, house: str) -> None:
             played.end()
             found[what] = played.findings
     assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_the_number_stays_while_the_command_is_down(name: str, house: str) -> None:
+    """It serves both families, ends with connections in TIME_WAIT, and comes back, four times."""
+    cast = CASTS[name]
+    python = python_for(cast.user, house)
+    become = ["--as", str(cast.command)] if cast.command != cast.user else []
+    words = [python, "-m", "portexec", "-q", "-H", "guard", "--restart", "always", "--", python]
+    actor = Actor([*words, f"{house}/tests/children/puppet.py", *become, "{port}"], cwd=house, **as_user(cast.user))
+    probers = {
+        who: Actor([python, f"{house}/tests/children/prober.py", str(user), "-,a,p,ap"])
+        for who, user in (("stranger", STRANGER), ("same", cast.command))
+    }
+    try:
+        for _ in range(4):
+            [port] = actor.hear()
+            steps = [("begin", 0), ("make", 1, "46", 1, 0, 0), ("bind", 1, "::"), ("listen", 1), ("meet", 2, "127.0.0.1")]
+            assert [actor.ask(*step) for step in steps][-1] == "ok"
+            actor.ask("part", 2, 1)
+            actor.ask("end")
+            actor.say("exit", 1)
+            assert {who: prober.ask(port)[1] for who, prober in probers.items()} == {"stranger": [], "same": []}
+    finally:
+        actor.process.terminate()
+        for each in (actor, *probers.values()):
+            each.close()

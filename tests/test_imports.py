@@ -86,8 +86,7 @@ lifetime.run: command.plan control errors launch lifetime.events lifetime.notify
     parent.shim parent.signals parent.tree parent.witness request
 lifetime.server: command.plan errors launch lifetime.backoff lifetime.events lifetime.readiness lifetime.replacement
     lifetime.start parent.loop procfs request
-lifetime.start: command.undo errors parent.child parent.link parent.loop parent.shim parent.signals parent.supervisor
-    parent.witness
+lifetime.start: errors parent.child parent.link parent.loop parent.shim parent.signals parent.supervisor parent.witness
 options: binding.spec command.plan errors
 parent.child: admission.answer admission.seccomp binding.guard command.execute command.plan errors kernel parent.link
     parent.loop parent.signals

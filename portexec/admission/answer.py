@@ -86,28 +86,38 @@ class Admission:
 
     async def answer(self) -> None:
         """Answer until nothing is left below the filter."""
-        while not self._found() & select.POLLHUP:
+        found = 0
+        while not found & select.POLLHUP:
             if self._gates:
                 await first(readable(self.notify_fd), within=gates.PAUSE)
+                found = self._found()
             else:
-                await readable(self.notify_fd)
-            self.serve()
+                found = await readable(self.notify_fd)
+            if found & select.POLLIN:
+                self._serve()
             self._look_behind(self._gates.close_left() if self._gates else ())
         self.close_gates()
         for guard in self.guards.values():
             guard.tidy(guard.last_owner)
 
     def serve(self) -> None:
-        """Answer all that is pending. What arrives meanwhile is received first: only then can no signal interrupt it."""
+        """Answer all that is pending."""
+        while self._found() & select.POLLIN:
+            self._serve()
+
+    def _serve(self) -> None:
+        """Answer what is pending. What arrives meanwhile is received first: only then can no signal interrupt it."""
         pending: list[seccomp.Notification] = []
-        while True:
-            while self._found() & select.POLLIN:
+        is_readable = True
+        while is_readable or pending:
+            while is_readable:
                 notification = seccomp.receive(self.notify_fd)
                 if notification is not None:
                     pending.append(notification)
-            if not pending:
-                return
-            self._handle(pending.pop(0))
+                is_readable = bool(self._found() & select.POLLIN)
+            if pending:
+                self._handle(pending.pop(0))
+            is_readable = bool(pending) and bool(self._found() & select.POLLIN)
 
     def close_gates(self) -> None:
         """Close them all, whoever waits."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 import sys
 
 from portexec import kernel
@@ -24,6 +25,8 @@ RET_ALLOW = 0x7FFF0000
 RET_USER_NOTIF = 0x7FC00000
 
 _BUFFER_SIZE = 256  # a later kernel's notification may be longer; RECV wants zeros up to its own length
+_NOTIFICATION = struct.Struct("=QIIiIQ6Q")
+_RESPONSE = struct.Struct("=QqiI")
 _RECV = 0xC0502100
 _SEND = 0xC0182101
 _SET_FLAGS = 0x40082104
@@ -170,16 +173,9 @@ class Notification:
 
     __slots__ = ("arch", "args", "id", "nr", "thread")
 
-    def __init__(self, data: bytes) -> None:
-        self.id = _number(data, 0, 8)
-        self.thread = _number(data, 8, 4)
-        self.nr = _number(data, 16, 4)
-        self.arch = _number(data, 20, 4)
-        self.args = tuple(_number(data, at, 8) for at in range(32, 80, 8))
-
-
-def _number(data: bytes, at: int, size: int) -> int:
-    return int.from_bytes(data[at : at + size], sys.byteorder)
+    def __init__(self, data: bytes | bytearray) -> None:
+        self.id, self.thread, _, self.nr, self.arch, _, *arguments = _NOTIFICATION.unpack_from(data)
+        self.args = tuple(arguments)
 
 
 def receive(notify_fd: int) -> Notification | None:
@@ -191,7 +187,7 @@ def receive(notify_fd: int) -> Notification | None:
         if error.errno in (errno.ENOENT, errno.EINTR):
             return None
         raise
-    return Notification(bytes(buffer))
+    return Notification(buffer)
 
 
 def wake_at_once(notify_fd: int) -> None:
@@ -215,8 +211,7 @@ def answer(notify_fd: int, identifier: int, code: int | None) -> bool:
     """Let the call return 0 or fail with this errno, or with None go on in the kernel. False: the caller has gone."""
     error, flags = (0, RESPONSE_CONTINUE) if code is None else (-code, 0)
     try:
-        parts = ((identifier, 8), (0, 8), (error, 4), (flags, 4))
-        fcntl.ioctl(notify_fd, _SEND, b"".join(part.to_bytes(size, sys.byteorder, signed=part < 0) for part, size in parts))
+        fcntl.ioctl(notify_fd, _SEND, _RESPONSE.pack(identifier, 0, error, flags))
     except OSError as failure:
         if failure.errno not in (errno.ENOENT, errno.EINPROGRESS):
             raise

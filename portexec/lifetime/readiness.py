@@ -15,7 +15,7 @@ from portexec.binding import tables
 from portexec.binding.listeners import Listener, covers
 from portexec.lifetime.probe import FIRST_BAD_STATUS, Probe
 from portexec.lifetime.start import Start
-from portexec.parent.loop import first, sleep
+from portexec.parent.loop import Event, first, sleep
 from portexec.procfs import descendants
 from portexec.request import ACCEPT, HTTP, LISTEN, NOTIFY, Ready
 
@@ -65,8 +65,7 @@ class Readiness:
             for listener in self.listeners:
                 await self._listening(listener)
         elif form == ACCEPT:
-            for listener in self.listeners:
-                await self._accepts(listener)
+            await first(*(self._accepts_like_all(listener) for listener in self.listeners))
         elif form == HTTP:
             await self._answers(self.listeners[0])
 
@@ -111,6 +110,12 @@ class Readiness:
         if listener.port in self._shared_numbers:
             return [host for host in hosts if covers(host, listener.host.strip("[]"))]
         return hosts
+
+    async def _accepts_like_all(self, listener: Listener) -> None:
+        """Return when it accepts and no other one is missing."""
+        await self._accepts(listener)
+        if self._missing:
+            await Event().wait()  # for the others
 
     async def _accepts(self, listener: Listener) -> None:
         while True:

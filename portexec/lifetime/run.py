@@ -131,7 +131,7 @@ class Run:
         except OSError as error:
             self.stopping.decide(Outcome.failed(PortexecError(f"cannot start the tests: {reason(error)}")))
             return
-        self.tests.begin(self.launch.bound.undo)
+        self.tests.begin()
         await self.tests.reaches(ENDED)
         end = self.tests.end
         assert end is not None  # noqa: S101  # that is what ENDED means
@@ -179,6 +179,7 @@ class Run:
         is_server = start is not self.tests
         if RUNNING in news and is_server:
             self.reporter.tell("started", pid=start.pid)
+            self.server.has_begun(start)
         if ENDED in news and start.end is not None:
             if is_server and start.has_reached(RUNNING):
                 self.reporter.tell("ended", status=start.end.wait_status, by_itself=start.end.by_itself)

@@ -115,13 +115,13 @@ class Server:
             return backoff, end.failure
         self.reporter.note(f"the command ended ({how_it_ended(end.wait_status)}); restart in {backoff.delay:g} s")
         await self.current.reaches(GONE)
-        if self.current.was_shim_killed:
-            self._is_over = True
-            return backoff, None
-        await first(sleep(backoff.delay), self._is_asked())
-        self._take(REPLACE)
-        self._take(RESTART)
-        return backoff.after_delay(), self._start_again()
+        error = self._make_next()  # before the pause: should portexec be killed in it, the shim undoes what was made
+        if error is None:
+            await first(self.current.reaches(ENDED), self._is_asked(), sleep(backoff.delay))
+            self._take(REPLACE)
+            self._take(RESTART)
+            self._begin_next()
+        return backoff.after_delay(), error
 
     def _is_another_wanted(self, backoff: Backoff) -> bool:
         end = self.current.end
@@ -141,15 +141,20 @@ class Server:
         """Stop the whole tree, and start the command again with all that is bound."""
         self.current.stop()
         await self.current.reaches(GONE)
-        return self._start_again()
+        error = self._make_next()
+        if error is None:
+            self._begin_next()
+        return error
 
     def _begin_beside(self) -> Start:
         start = self.make_start()
-        start.begin(self.launch.bound.undo)
+        start.shim.share(self.launch.bound.undo)
+        start.begin()
         self.follow(start)
         return start
 
-    def _start_again(self) -> PortexecError | None:
+    def _make_next(self) -> PortexecError | None:
+        """Make the next start the current one; it waits for its beginning. Returns what prevents it."""
         try:
             self.listen_again()
             self.launch.bound.make_unix_listeners_anew()
@@ -158,10 +163,13 @@ class Server:
             return PortexecError(f"cannot start the command again: {reason(error)}")
         except PortexecError as error:
             return error
-        if not self.lifetime.is_lazy:
-            self.current.begin(self.launch.bound.undo)
-        self.follow(self.current)
+        self.current.shim.share(self.launch.bound.undo)
         return None
+
+    def _begin_next(self) -> None:
+        if not self.lifetime.is_lazy and not self.current.has_reached(ENDED):
+            self.current.begin()
+        self.follow(self.current)
 
     def listen_again(self) -> None:
         """Let our sockets listen that a server has shut down at its end, as some do. Raises PortexecError."""
@@ -179,8 +187,8 @@ class Server:
 
     async def _look_after(self, start: Start) -> None:
         if start.state == IDLE and await first(start.reaches(ENDED), self._hears_client()) == 1:
-            start.begin(self.launch.bound.undo)
-        if await first(start.reaches(ENDED), start.reaches(RUNNING)) == 1:
+            start.begin()
+        if await first(start.reaches(ENDED), start.reaches(RUNNING)) == 1 and self._ready.form != NONE:
             await self._make_ready(start)
         await start.reaches(GONE)
         self.starts.remove(start)
@@ -195,20 +203,23 @@ class Server:
         sockets = [listener.socket for listener in self.launch.bound.listeners if listener.socket is not None]
         await first(*(readable(socket) for socket in sockets))
 
-    async def _make_ready(self, start: Start) -> None:
-        """Wait until it is ready, its end, or the end of the time that it has."""
-        readiness = Readiness(
+    def has_begun(self, start: Start) -> None:
+        """The command runs. Where nothing else is waited for, it is ready, before anything else can come of it."""
+        if self._ready.form == NONE:
+            self._become_ready(start, self._readiness_of(start))
+
+    def _readiness_of(self, start: Start) -> Readiness:
+        return Readiness(
             self._ready,
             self.listeners,
             start,
             is_admitted=self.launch.choice.hand_off == GUARD,
             is_shared=lambda: len(self.starts) > 1,
         )
-        if self._ready.form == NONE:
-            if not start.has_reached(ENDED):
-                self._become_ready(start, readiness)  # before anything else can come of it
-            return
-        patience = self._patience_with(start)
+
+    async def _make_ready(self, start: Start) -> None:
+        """Wait until it is ready, its end, or the end of the time that it has."""
+        readiness, patience = self._readiness_of(start), self._patience_with(start)
         waiting = (start.reaches(ENDED), readiness.wait(), self.reporter.show_progress(readiness.what))
         found = await first(*waiting, within=patience)
         if found == 1:

@@ -24,7 +24,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from portexec.command.undo import Undo
     from portexec.parent.shim import Shim
 
 IDLE = "idle"
@@ -119,16 +118,14 @@ class Start:
         self.state = PREPARING
         self.shim.prepare()
 
-    def go(self, undo: Undo) -> None:
+    def go(self) -> None:
         """Let a prepared start execute the command."""
-        self.shim.share(undo)
         self.shim.link.say(words.GO)
 
-    def begin(self, undo: Undo) -> None:
+    def begin(self) -> None:
         """Have the shim start the command, from the beginning."""
         self.began = time.monotonic()
         self.state = PREPARING
-        self.shim.share(undo)
         self.shim.link.say(words.PREPARE)
 
     def become_ready(self) -> None:
@@ -196,7 +193,7 @@ class Start:
     def _take_last(self, kind: bytes, fields: list[str]) -> None:
         """The shim has nothing more to do, could not prepare the start, or was killed."""
         if self.state == GONE:
-            return  # the end of the link, after the last word
+            return  # the end of the link, which came with the last word
         if kind in (words.REFUSED, words.EXHAUSTED):
             failure = PortexecError(f"cannot start the command: {fields[0]}")
             self._has_ended(End(0, by_itself=True, failure=failure))
@@ -207,6 +204,7 @@ class Start:
             self._has_ended(End(0, by_itself=False))
         if kind == supervisor.GONE:
             self.shim.wait()
+        self.shim.link.close()
         self._reach(GONE)
 
     def _has_ended(self, end: End) -> None:

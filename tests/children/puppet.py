@@ -3,9 +3,9 @@
     puppet.py --own-network --as 1000 --inherited 4 20000,20001,...
 
 A line is a JSON list: a word of `Worker` and its arguments. `begin N` starts a process for the N-th number, which has all the
-sockets of one sequence, and `end` ends it. `restart` does both, as a reloader would, for the same number.
-`--own-network`: in a network namespace, with nobody else. `--as UID`: become that user first. `--inherited FD`: for the
-N-th number a listener comes as descriptor FD + N.
+sockets of one sequence, and `end` ends it. `restart` does both, as a reloader would, for the same number. `exit STATUS` is the
+end of all. `--own-network`: in a network namespace, with nobody else. `--as UID`: become that user first. `--inherited FD`: for
+the N-th number a listener comes as descriptor FD + N.
 """
 
 from __future__ import annotations
@@ -195,7 +195,9 @@ def main():
     ports = [int(port) for port in words[0].split(",")]
     say(ports)
     while True:
-        _, number = read_line()
+        word, number = read_line()
+        if word == "exit":
+            os._exit(number)
         status = RESTART
         while status == RESTART:
             pid = os.fork()

@@ -15,7 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from portexec.binding.guard import overlap
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STRANGER = 65534
@@ -110,9 +112,6 @@ class Stage:
         puppet = [python, f"{home}/tests/children/puppet.py"]
         become = ["--as", str(cast.command)] if cast.command != cast.user else []
         environment = {**os.environ, "PYTHONPATH": home, "PYTHONDONTWRITEBYTECODE": "1"}
-        as_user: dict[str, Any] = (
-            {"user": cast.user, "group": cast.user, "extra_groups": []} if cast.user != os.geteuid() else {}
-        )
         more = ["mptcp"] if with_mptcp else []
 
         def start(words: list[str], **options: Any) -> Actor:
@@ -125,7 +124,7 @@ class Stage:
         ports = ",".join(f"{{n{n}.port}}" for n in range(sequences))
         inherited = ["--inherited", "{n0.fd}"] if cast.hand_off == "fd" else []
         portexec = [python, "-m", "portexec", "-q", "-H", cast.hand_off, *listen, "--"]
-        self.guarded = start([*portexec, *puppet, *become, *inherited, ports], **as_user)
+        self.guarded = start([*portexec, *puppet, *become, *inherited, ports], **as_user(cast.user))
         self.ports = self.guarded.hear()
         self.bare: Actor | None = None
         if cast.is_compared:
@@ -165,10 +164,20 @@ class Stage:
         return found
 
 
+class Bound(NamedTuple):
+    """A socket that is bound to the number; the address is `*` for both families."""
+
+    host: str
+    reuse_address: int
+    reuse_port: int
+    is_listening: int
+
+
 class Sequence:
     """One sequence of steps on one number, with the two processes' sockets, and what was found.
 
-    A finding is a kind, `stranger`, `same` or `bare`, and a text with all steps up to it.
+    A finding is a kind, `stranger`, `same` or `bare`, and a text with all steps up to it. `explained` says what differs
+    for a reason that is known, after which the two are compared no more.
     """
 
     def __init__(self, stage: Stage, kind: int) -> None:
@@ -181,8 +190,13 @@ class Sequence:
         self.handed_on: set[int] = set()
         self.connections: dict[int, list[int]] = {}  # and the ends that are open
         self.count = 0
+        self.explained = ""
+        self.options: dict[int, tuple[int, int]] = {}  # SO_REUSEADDR and SO_REUSEPORT of each socket
+        self.bound: dict[int, Bound] = {}
+        self.has_served_shared = False  # there may be connections that are left of a socket with SO_REUSEPORT
         self.can_drop = stage.cast.command == 0
         if stage.cast.hand_off == "fd":
+            self.options[0] = (1, 0)
             self.families[0] = "6" if "[" in FD_LISTENERS[kind] else "4"
 
     def step(self, chance: Any) -> None:
@@ -237,6 +251,7 @@ class Sequence:
     def close(self, name: int) -> None:
         del self.families[name]
         self.handed_on.discard(name)
+        self.bound.pop(name, None)
         self.do("close", name)
 
     def hand_on(self, name: int) -> None:
@@ -259,11 +274,42 @@ class Sequence:
         """Make a step, probe, and note what is not as it should be. Returns what came of it below portexec."""
         guarded, bare = self.stage.both(*step)
         self.steps.append([*step, guarded])
-        if guarded != bare:
-            self.note("bare", f"bare: {bare}")
+        if guarded != bare and not self.explained:
+            self.explained = self.explain(step, guarded, bare)
+            if not self.explained:
+                self.note("bare", f"bare: {bare}")
+        self.remember(step, guarded)
         for who, got in self.stage.probe(self.port).items():
             self.note(who, f"got: {got[:6]}")
         return guarded
+
+    def remember(self, step: Any, outcome: Any) -> None:
+        if step[0] == "make":
+            self.options[step[1]] = (step[3], step[4])
+        elif step[0] in ("bind", "listen") and outcome[0] == "ok" and outcome[2]:
+            host = "*" if self.families[step[1]] == "46" and outcome[1] == "::" else outcome[1].removeprefix("::ffff:")
+            self.bound[step[1]] = Bound(host, *outcome[3:])
+        elif step[0] == "shut" and step[1] in self.bound:
+            self.bound[step[1]] = self.bound[step[1]]._replace(is_listening=0)
+        elif step[0] == "meet" and outcome == "ok":
+            self.has_served_shared = self.has_served_shared or any(one.reuse_port for one in self.bound.values())
+        elif step[0] == "restart":
+            self.bound.clear()
+
+    def explain(self, step: Any, guarded: Any, bare: Any) -> str:
+        """Why the two differ, if it is one of the differences that are known and told."""
+        if step[0] not in ("bind", "listen"):
+            return ""
+        reuse_address, reuse_port = self.options[step[1]]
+        if guarded[0] == "ok" and bare[0] == "EADDRINUSE" and self.has_served_shared and not reuse_port:
+            return "beside connections that are left of a socket with SO_REUSEPORT"
+        if guarded[0] == "EADDRINUSE" and bare[0] == "ok" and reuse_port:
+            host = step[2] if step[0] == "bind" else bare[1]
+            host = "*" if self.families[step[1]] == "46" and host == "::" else host.removeprefix("::ffff:")
+            others = [one for name, one in self.bound.items() if name != step[1] and overlap(host, one.host)]
+            if any(not one.reuse_port and (one.is_listening or not (reuse_address and one.reuse_address)) for one in others):
+                return "the kernel did not check, as what it had cached matched"
+        return ""
 
     def note(self, kind: str, what: str) -> None:
         self.findings.append((kind, f"{what} after {json.dumps(self.steps)}"))
@@ -293,12 +339,16 @@ def staged(cast: Cast, home: str, *, sequences: int = SEQUENCES, with_mptcp: boo
         yield Stage(cast, stack, home, sequences=sequences, with_mptcp=with_mptcp)
 
 
+def as_user(user: int) -> dict[str, Any]:
+    """The options of Popen that start a process as this user."""
+    return {"user": user, "group": user, "extra_groups": []} if user != os.geteuid() else {}
+
+
 def python_for(user: int, home: str) -> str:
     """A Python that this user can run, and that can import portexec."""
     for python in (sys.executable, "/usr/bin/python3"):
-        options: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user != os.geteuid() else {}
         try:
-            done = subprocess.run([python, "-c", "import portexec.cli"], cwd=home, capture_output=True, **options)
+            done = subprocess.run([python, "-c", "import portexec.cli"], cwd=home, capture_output=True, **as_user(user))
         except OSError:
             continue
         if done.returncode == 0:

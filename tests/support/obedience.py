@@ -45,7 +45,7 @@ class Server:
         return self.process.returncode
 
     def stopped(self, number: int = signal.SIGTERM) -> int:
-        """Send portexec a signal that ends it; the status. Its standard input stays open until then: its end ends the server."""
+        """Send portexec a signal that ends it; the status. Standard input stays open till then: its end is the server's."""
         self.process.send_signal(number)
         self.process.wait(DEADLINE)
         return self.ended()
