@@ -155,8 +155,8 @@ class _Parent:
         first = Start(self._make_shim(self.launch.plan))
         if not self.lifetime.is_lazy:
             first.prepare()
-        if first.shim.was_gated:
-            self.launch = self.launch.chosen(self.launch.choice.noting("gated, since pidfd_getfd(2) is denied"))
+        if why := first.shim.why_gated:
+            self.launch = self.launch.chosen(self.launch.choice.noting(f"gated: {why}"))
         return first
 
     def _make_shim(self, plan: Plan) -> Shim:

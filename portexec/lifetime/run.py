@@ -295,7 +295,8 @@ class Run:
 
     async def _clear_away(self) -> None:
         """Stop what is below us and below no shim: one that was killed has left it behind."""
-        await tree.clear_away(self.family.others, self.lifetime.kill_after, self.stopping.is_hurried)
+        spare = self.family.others | {self.server.current.shim.pid}  # which waits to be dismissed
+        await tree.clear_away(spare, self.lifetime.kill_after, self.stopping.is_hurried)
 
     def _outcome(self) -> Outcome:
         """How to end. Where a signal told us to, it is as the command ended of that: 0 after a clean stop."""

@@ -84,7 +84,7 @@ class Start:
         self.began: float | None = None
         self.ready_since: float | None = None
         self.said = Said()
-        self.hosts: dict[int, list[str]] = {}
+        self.hosts: dict[int, dict[str, None]] = {}  # by number; dicts for their order
         self.end: End | None = None
         self.was_shim_killed = False
         self.signalled: list[int] = []  # numbers of signals that reached the shim alone, and that nobody has taken yet
@@ -181,7 +181,7 @@ class Start:
             self._pid = int(fields[0])
             self._reach(RUNNING)
         elif kind == supervisor.LISTENING:
-            self.hosts.setdefault(int(fields[0]), []).append(fields[1])
+            self.hosts.setdefault(int(fields[0]), {})[fields[1]] = None
             heard, self._heard = self._heard, Event()
             heard.set()
         elif kind == supervisor.SIGNALLED:

@@ -35,20 +35,20 @@ GO = b"g"  # execute the command
 LEAVE = b"l"  # end; nothing runs, and nothing is to be undone
 
 # What the shim says.
-PREPARED = b"d"  # whether anything was gated: the child waits for the word
+PREPARED = b"d"  # why binds have to be gated, or nothing: the child waits for the word
 REFUSED = b"r"  # why: this machine does not let us admit binds
 EXHAUSTED = b"x"  # why: no child could be started
 GONE = b"o"  # nothing of the command is left; it waits for LEAVE
 
 
 class Shim:
-    """Our end: the shim's pid and the link to it. `was_gated`: a bind had to be, in the rehearsal."""
+    """Our end: the shim's pid and the link to it. `why_gated`: why a bind had to be, in the rehearsal."""
 
-    __slots__ = ("link", "pid", "was_gated")
+    __slots__ = ("link", "pid", "why_gated")
 
     def __init__(self, job: Job, inbox: Inbox) -> None:
         """Fork a shim for the job, which waits for the word. Raises OSError when resources run out."""
-        self.was_gated = False
+        self.why_gated = ""
         self.link, shims_end = links.pair(job.plan.first_fd + len(job.plan.passed))
         try:
             self.pid = os.fork()
@@ -78,7 +78,7 @@ class Shim:
             raise RefusedError(fields[0])
         if kind != PREPARED:
             raise OSError(0, fields[0] or "the process that was to start it was killed")
-        self.was_gated = bool(fields[0])
+        self.why_gated = fields[0]
 
     def share(self, undo: Undo) -> None:
         """Give it the undo list, for the case that portexec is killed."""
@@ -159,7 +159,7 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
     except OSError as error:
         link.say(EXHAUSTED, reason(error))
         return None
-    link.say(PREPARED, "gated" if child.admission is not None and child.admission.was_gated else "")
+    link.say(PREPARED, "" if child.admission is None else child.admission.why_gated)
     return child
 
 
