@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 
-from portexec.command import execute, publish
+from portexec.command import execute
 from portexec.command.plan import GUARD
 from portexec.errors import PortexecError, RefusedError, reason
 from portexec.kernel import STDERR
-from portexec.say import say, say_error, say_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def say_error_of(launch: Launch, error: PortexecError) -> None:
     """Tell an error to whoever is to know: the program at the control descriptor, or people."""
     fd = launch.request.lifetime.control_fd
     if fd is None:
+        from portexec.say import say_error
+
         say_error(error)
     else:
         from portexec import control
@@ -213,8 +214,21 @@ def _require_no_danger(launch: Launch) -> None:
 
 def _publish(launch: Launch) -> None:
     """Tell whoever is to know: files first, since they can fail, then stderr, or the program at the control descriptor."""
+    chosen = launch.request.chosen
+    if chosen.port_file is not None or chosen.export is not None:
+        from portexec.command.publish import publish_files
+
+        port = launch.bound.listeners[0].port
+        publish_files(chosen.port_file, chosen.export, port, launch.variables, launch.bound.undo)
+    if chosen.verbose or not chosen.quiet or launch.request.lifetime.control_fd is not None:
+        _announce(launch)
+
+
+def _announce(launch: Launch) -> None:
+    from portexec.command import publish
+    from portexec.say import say, say_json
+
     chosen, listeners = launch.request.chosen, launch.bound.listeners
-    publish.publish_files(chosen.port_file, chosen.export, listeners[0].port, launch.variables, launch.bound.undo)
     if chosen.verbose:
         from portexec import explain
 
