@@ -159,6 +159,7 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
     except OSError as error:
         link.say(EXHAUSTED, reason(error))
         return None
+    os.chdir("/")  # the child has the command's directory, and nobody else keeps it busy
     link.say(PREPARED, "" if child.admission is None else child.admission.why_gated)
     return child
 
