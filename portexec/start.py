@@ -243,4 +243,4 @@ def _announce(launch: Launch) -> None:
     elif chosen.json and not chosen.quiet:
         say_json(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
     elif not chosen.quiet:
-        say(*publish.announcement(listeners))
+        say(*publish.announcement(listeners, named=len(listeners) > 1))

@@ -38,6 +38,20 @@ def test_the_address_that_is_told_is_that_of_the_server_and_not_that_of_the_look
         assert answer == "served on ::1"
 
 
+@needs_ipv6
+def test_a_second_line_gives_the_address_where_the_announced_one_does_not_lead() -> None:
+    with running("-H", "guard", "--", program("node"), LOOKS, "::1", "0") as run:
+        announced = run.url()
+        assert run.url() == announced.replace("127.0.0.1", "[::1]")
+        assert get(run.lines[-1].removeprefix("portexec: ")) == "served on ::1\n"
+
+
+def test_there_is_no_second_line_where_the_first_one_leads() -> None:
+    """A server on all addresses of both families is at the announced one, too. What ends it is told after that line's time."""
+    done = run("-H", "guard", "--then", "curl -sS {url}; exec sleep 0.3", "--", program("node"), LOOKS, "::", "0")
+    assert (done.stdout, done.stderr.count("portexec: ")) == ("served on ::\n", 1)
+
+
 @pytest.mark.parametrize("busy", [[], ["busy"]], ids=["idle", "busy"])
 def test_a_look_by_python_beside_a_busy_thread(busy: list[str]) -> None:
     """It sleeps between its listen and its close, since it waits for the interpreter's lock."""
