@@ -10,12 +10,14 @@ So a listener counts when it listens still while the thread that opened it sleep
 - in anything else, when two looks some time apart show the same sleep. A look by a thread of Python, beside a busy one, sleeps
   for the interpreter's lock between its listen and its close, but wakes every 5 ms to ask for it.
 
-Where a thread cannot be seen, or has ended, the listener counts when it still listens after a while.
+Where a thread cannot be seen, or has ended, the listener counts when it still listens after a while. So does one whose thread
+never rests, after a longer while.
 """
 
 from __future__ import annotations
 
 import os
+import time
 
 from portexec.binding import tables
 from portexec.parent.loop import sleep
@@ -32,13 +34,15 @@ _LONGEST_PAUSE = 0.02
 _LONGER = 1.3
 _SAME_SLEEP = 0.02  # seconds between the two looks that have to show one sleep
 _SETTLING = 0.25  # seconds for a listener whose thread cannot be seen
+_LONG_ENOUGH = 1.0  # seconds for a listener whose thread does one thing after the other
 
 
 async def is_served(thread: int, port: int, inode: int) -> bool:
     """Wait until this listener, which the thread has just opened, turns out to be a server's; False if it was a look."""
     waits = _WAITS.get(os.uname().machine, set())
     pause = _FIRST_PAUSE
-    while True:
+    end = time.monotonic() + _LONG_ENOUGH
+    while time.monotonic() < end:
         call, sleeps = _look_at(thread)
         if not call:
             await sleep(_SETTLING)
@@ -55,6 +59,7 @@ async def is_served(thread: int, port: int, inode: int) -> bool:
             return False
         await sleep(pause)
         pause = min(_LONGER * pause, _LONGEST_PAUSE)
+    return _listens(port, inode)
 
 
 def _listens(port: int, inode: int) -> bool:

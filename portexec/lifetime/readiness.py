@@ -87,19 +87,26 @@ class Readiness:
             return f"answer GET {self.listeners[0].url}{self.ready.argument} with a status under 500"
         missing, verb = self._missing, "accept a connection"
         if self.ready.form == LISTEN:
-            missing, verb = [listener for listener in self.listeners if not self._is_listening(listener)], "listen"
+            missing, verb = (
+                [listener for listener in self.listeners if not self._is_listening(listener, is_told=self.is_admitted)],
+                "listen",
+            )
         missing = missing or self.listeners  # it does by now
         return f"{verb} on {', '.join(listener.path or f'{listener.host}:{listener.port}' for listener in missing)}"
 
     async def _listening(self, listener: Listener) -> Listener:
-        """Wait until the command listens; where it does. For the descriptors that we pass on, that is so from the start."""
-        while listener.socket is None and not self._is_listening(listener):
-            await (self.start.hears_more() if self.is_admitted else self._pause())
+        """Wait until the command listens; where it does. For the descriptors that we pass on, that is so from the start.
+
+        Where that is all that is asked, it has to be a server that listens, which admission sees. Else the answer will tell.
+        """
+        is_told = self.is_admitted and self.ready.form == LISTEN
+        while listener.socket is None and not self._is_listening(listener, is_told=is_told):
+            await (self.start.hears_more() if is_told else self._pause())
         return self._at(listener)
 
-    def _is_listening(self, listener: Listener) -> bool:
-        """Where binds are admitted, nobody else's listener counts."""
-        return bool((not self.is_admitted or listener.port in self.start.hosts) and self._hosts(listener))
+    def _is_listening(self, listener: Listener, *, is_told: bool) -> bool:
+        """Whether the command listens. Where binds are admitted, nobody else can."""
+        return bool((not is_told or listener.port in self.start.hosts) and self._hosts(listener))
 
     def _hosts(self, listener: Listener) -> list[str]:
         """Where the command listens, as admission saw, or else the kernel tells.
