@@ -13,7 +13,7 @@ from portexec.errors import PortexecError, RefusedError, reason
 
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _PROXIED = "available: a bind is made on the command's own socket"
-_GATED = "available, gated: pidfd_getfd(2) is denied, so the guard opens to SO_REUSEADDR while the command binds; no --remap"
+_GATED = "available, gated: {}, so the guard opens to SO_REUSEADDR for each bind of the command; no --remap"
 
 
 def findings() -> dict[str, str]:
@@ -91,7 +91,8 @@ def _guard() -> str:
         return "not available: it needs Linux' seccomp"
     bound = bind_all(parse_listen([DEFAULT]), listening=False)
     try:
-        return _GATED if _rehearse(bound) else _PROXIED
+        why_gated = _rehearse(bound)
+        return _GATED.format(why_gated) if why_gated else _PROXIED
     except RefusedError as refusal:
         return f"not available: {refusal}"
     except OSError as error:
@@ -100,8 +101,8 @@ def _guard() -> str:
         bound.close()
 
 
-def _rehearse(bound: Bound) -> bool:
-    """Fork a child that rehearses with us, and end it. Whether its bind had to be gated. Raises RefusedError, OSError."""
+def _rehearse(bound: Bound) -> str:
+    """Fork a child that rehearses with us, and end it. Why its bind had to be gated, if so. Raises RefusedError, OSError."""
     from portexec.parent import loop
     from portexec.parent.child import fork_child, rehearse
     from portexec.parent.signals import Inbox
@@ -114,4 +115,4 @@ def _rehearse(bound: Bound) -> bool:
     finally:
         inbox.restore()
         inbox.close()
-    return child.admission is not None and child.admission.was_gated
+    return "" if child.admission is None else child.admission.why_gated

@@ -12,7 +12,6 @@ from portexec.errors import STATUS_FAILURE, PortexecError, UsageError, reason
 from portexec.kernel import ENDING_SIGNALS, STDOUT
 from portexec.launch import prepare
 from portexec.request import Request
-from portexec.say import say_bug, say_error
 from portexec.start import start
 
 TYPE_CHECKING = False
@@ -36,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _die_by(_signal.SIGINT)
     except Exception:
         sys.excepthook(*sys.exc_info())
+        from portexec.say import say_bug
+
         say_bug()
         return STATUS_FAILURE
 
@@ -116,6 +117,8 @@ def _report(error: PortexecError, control_fd: str | None) -> None:
 
         control.tell_error(int(control_fd), error)
     else:
+        from portexec.say import say_error
+
         say_error(error)
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 
-from portexec.command import execute, publish
+from portexec.command import execute
 from portexec.command.plan import GUARD
 from portexec.errors import PortexecError, RefusedError, reason
 from portexec.kernel import STDERR
-from portexec.say import say, say_error, say_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def say_error_of(launch: Launch, error: PortexecError) -> None:
     """Tell an error to whoever is to know: the program at the control descriptor, or people."""
     fd = launch.request.lifetime.control_fd
     if fd is None:
+        from portexec.say import say_error
+
         say_error(error)
     else:
         from portexec import control
@@ -115,7 +116,9 @@ class _Parent:
         from portexec.parent import loop
 
         reporter = Reporter(self.launch)
-        if not self.launch.request.lifetime.is_asked_for_with(self.launch.choice.hand_off):
+        if not self.lifetime.starts_more():
+            os.chdir("/")  # so that the working directory can be unmounted
+        if not self.lifetime.is_asked_for_with(self.launch.choice.hand_off):
             self._keep_little(first)
         family = Family(self.others, self.shells)
         run = Run(self.launch, first, self._make_shim, self.inbox, self.notify, reporter, family)
@@ -123,13 +126,13 @@ class _Parent:
         end = first.end
         if end is None or not end.is_left:
             self.launch.bound.undo.run()  # else the shim that is left does it
+        run.server.current.dismiss()
         return outcome
 
     def _keep_little(self, first: Start) -> None:
-        """Nothing else is to be started: the directory can be unmounted, and a pipe of the command's ends with the command."""
+        """Nothing else is to be started, and a pipe of the command's is to end with the command."""
         from portexec import kernel
 
-        os.chdir("/")
         guards = self.launch.bound.guard_descriptors()
         kernel.keep_only({STDERR, self.inbox.fileno(), first.shim.link.fileno(), *guards})
 
@@ -154,8 +157,8 @@ class _Parent:
         first = Start(self._make_shim(self.launch.plan))
         if not self.lifetime.is_lazy:
             first.prepare()
-        if first.shim.was_gated:
-            self.launch = self.launch.chosen(self.launch.choice.noting("gated, since pidfd_getfd(2) is denied"))
+        if why := first.shim.why_gated:
+            self.launch = self.launch.chosen(self.launch.choice.noting(f"gated: {why}"))
         return first
 
     def _make_shim(self, plan: Plan) -> Shim:
@@ -212,8 +215,21 @@ def _require_no_danger(launch: Launch) -> None:
 
 def _publish(launch: Launch) -> None:
     """Tell whoever is to know: files first, since they can fail, then stderr, or the program at the control descriptor."""
+    chosen = launch.request.chosen
+    if chosen.port_file is not None or chosen.export is not None:
+        from portexec.command.publish import publish_files
+
+        port = launch.bound.listeners[0].port
+        publish_files(chosen.port_file, chosen.export, port, launch.variables, launch.bound.undo)
+    if chosen.verbose or not chosen.quiet or launch.request.lifetime.control_fd is not None:
+        _announce(launch)
+
+
+def _announce(launch: Launch) -> None:
+    from portexec.command import publish
+    from portexec.say import say, say_json
+
     chosen, listeners = launch.request.chosen, launch.bound.listeners
-    publish.publish_files(chosen.port_file, chosen.export, listeners[0].port, launch.variables, launch.bound.undo)
     if chosen.verbose:
         from portexec import explain
 
@@ -227,4 +243,4 @@ def _publish(launch: Launch) -> None:
     elif chosen.json and not chosen.quiet:
         say_json(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
     elif not chosen.quiet:
-        say(*publish.announcement(listeners))
+        say(*publish.announcement(listeners, named=len(listeners) > 1))

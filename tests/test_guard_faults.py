@@ -165,7 +165,7 @@ def test_a_refused_attempt_leaves_nothing(name: str) -> None:
 
 CHECKS = {
     "plain": ([], "user notification", "available: ", "guard"),
-    "docker": (refusing(*DOCKER), "user notification", "available, gated: pidfd_getfd(2) is denied", "guard"),
+    "docker": (refusing(*DOCKER), "user notification", "available, gated: pidfd_getfd(2): Operation not permitted", "guard"),
     "old": (refusing(*BEFORE_5_19), "user notification; not wait-killable", "available: ", "guard"),
     "EBUSY": (around("EBUSY"), "user notification", f"not available: {WORDS['EBUSY']}", "hold"),
     "EINVAL": (around("EINVAL"), "no user notification", f"not available: {WORDS['EINVAL']}", "hold"),

@@ -6,6 +6,10 @@ have the number. What the steps and the players are is in guard_world.py; script
 
 from __future__ import annotations
 
+import errno
+import json
+import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +17,21 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.support import guard_world
-from tests.support.guard_world import CASTS, HOSTS, KINDS, SERVED, STRANGER, Actor, Sequence, Stage, as_user, python_for, staged
+from tests.support import DEADLINE, guard_world
+from tests.support.guard_world import (
+    CASTS,
+    DROPPED,
+    HOSTS,
+    KINDS,
+    SERVED,
+    STRANGER,
+    Actor,
+    Sequence,
+    Stage,
+    as_user,
+    python_for,
+    staged,
+)
 
 EXAMPLES = 60
 STEPS = 25  # of one example at the most
@@ -186,6 +203,79 @@ def test_what_was_wrong_once(name: str, house: str) -> None:
             played.end()
             found[what] = played.findings
     assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("host", ["*", "127.0.0.1"])
+def test_the_guard_is_inherited_beside_old_connections(host: str, house: str) -> None:
+    """Hand-off `fd`, begun while a connection of an earlier server is in TIME_WAIT, which keeps the number meanwhile."""
+    port = leave_a_connection()
+    python = python_for(DROPPED, house)
+    words = [python, "-m", "portexec", "-q", "-H", "fd", "-l", f"{host}:{port}", "--", python]
+    puppet = Actor(
+        [*words, f"{house}/tests/children/puppet.py", "--inherited", "{fd}", "{port}"], cwd=house, **as_user(DROPPED)
+    )
+    probers = [Actor([python, f"{house}/tests/children/prober.py", str(user), "-,a,p,ap"]) for user in (STRANGER, DROPPED)]
+    try:
+        assert puppet.hear() == [port]
+        assert [prober.ask(port)[1] for prober in probers] == [[], []]
+        puppet.ask("begin", 0)
+        assert puppet.ask("shut", 0) == "ok"
+        assert [prober.ask(port)[1] for prober in probers] == [[], []]
+        puppet.ask("end")
+    finally:
+        for each in (puppet, *probers):
+            each.close()
+
+
+def test_without_ipv6_the_number_is_washed(house: str) -> None:
+    """No scrub replaces 0.0.0.0 there. It is said with -v, and nobody profits when the command's socket has gone."""
+    python = python_for(DROPPED, house)
+    refuse = [python, f"{house}/tests/children/refuse.py", json.dumps([["socket", errno.EAFNOSUPPORT, 0, 8]])]
+    words = [
+        *refuse,
+        python,
+        "-m",
+        "portexec",
+        "-v",
+        "-H",
+        "guard",
+        "--",
+        python,
+        f"{house}/tests/children/puppet.py",
+        "{port}",
+    ]
+    puppet = Actor(words, cwd=house, stderr=subprocess.PIPE, **as_user(DROPPED))
+    probers = [Actor([python, f"{house}/tests/children/prober.py", str(user), "-,a,p,ap"]) for user in (STRANGER, DROPPED)]
+
+    def got(prober: Actor) -> list[object]:
+        return [what for what in prober.ask(port)[1] if "." in what[0]]  # whoever is not refused IPv6 has that all the same
+
+    try:
+        [port] = puppet.hear()
+        steps = [("begin", 0), ("make", 1, "4", 0, 0, 0), ("bind", 1, "0.0.0.0"), ("listen", 1)]
+        assert [puppet.ask(*step) for step in steps][-1][0] == "ok"
+        assert got(probers[0]) == []
+        puppet.ask("close", 1)
+        assert [puppet.ask(*step) for step in [("make", 2, "4", 0, 0, 0), ("bind", 2, "127.0.0.1")]][-1][0] == "ok"
+        assert [got(prober) for prober in probers] == [[], []]
+        puppet.ask("end")
+    finally:
+        _, said = puppet.process.communicate(timeout=DEADLINE)
+        for each in probers:
+            each.close()
+    assert said.count("other users cannot") == 1
+
+
+def leave_a_connection() -> int:
+    """A number of which nothing is left but a connection in TIME_WAIT."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with socket.create_connection(server.getsockname()) as client:
+            server.accept()[0].close()
+            client.recv(1)
+        return int(server.getsockname()[1])
 
 
 @pytest.mark.parametrize("name", GUARDED)

@@ -43,12 +43,14 @@ FORBIDDEN_ON_THE_EXEC_PATH = {
 TABLE = """
 __init__: api.driver api.listen api.serve errors
 __main__: cli
-admission.answer: admission.gates admission.own admission.seccomp binding.guard binding.tables kernel parent.loop
+admission.answer: admission.gates admission.own admission.seccomp admission.settle binding.guard binding.tables kernel
+    parent.loop
 admission.diagnosis: admission.answer parent.loop say
 admission.gates: admission.seccomp binding.guard binding.tables
 admission.own: admission.seccomp binding.guard binding.tables
 admission.privileges:
 admission.seccomp: kernel
+admission.settle: binding.tables parent.loop
 api.driver: control errors
 api.listen: binding.listeners binding.spec errors
 api.pytest_entry:

@@ -265,6 +265,14 @@ def test_the_innermost_is_closed_first(log: list[object]) -> None:
     assert log == ["a closed", "b closed", "c closed", "inner closed", "outer closed"]
 
 
+def test_neighbours_are_closed_in_the_order_in_which_they_are_written(log: list[object]) -> None:
+    async def main() -> None:
+        await first(*(tell_end(log, name, wait_forever()) for name in "abc"), sleep(0))
+
+    run(main())
+    assert log == ["a closed", "b closed", "c closed"]
+
+
 def test_at_the_end_of_a_run_the_latest_is_closed_first(log: list[object]) -> None:
     async def main() -> None:
         for name in "abc":
@@ -545,6 +553,19 @@ def test_who_is_around_a_finally_that_raises_is_closed_too(log: list[object]) ->
     assert log == ["beside closed", "inner closed", "outer closed", "main closed"]
 
 
+def test_the_first_failure_of_those_that_are_closed_at_the_end_is_raised() -> None:
+    def fail(name: str) -> None:
+        raise Boom(name)
+
+    async def main() -> None:
+        spawn(do_at_the_end(lambda: fail("closed last")))
+        spawn(do_at_the_end(lambda: fail("closed first")))
+        await sleep(0)
+
+    with pytest.raises(Boom, match="closed first"):
+        run(main())
+
+
 def test_what_a_finally_raises_does_not_hide_why_the_run_failed(log: list[object]) -> None:
     async def main() -> None:
         spawn(do_at_the_end(lambda: 1 // 0))
@@ -766,11 +787,11 @@ def test_calls_come_in_order_of_time_and_then_of_call(log: list[object]) -> None
         for name, hours in {"c": 1, "a": 3, "d": 0, "b": 2}.items():
             after(-HOUR * hours, lambda name=name: log.append(name))  # type: ignore[misc]
         for number in range(3):
-            after(0, lambda number=number: log.append(number))  # type: ignore[misc]
+            after(-math.inf, lambda number=number: log.append(number))  # type: ignore[misc]  # all at one time
         await sleep(0)
 
     run(main())
-    assert log == [*"abcd", 0, 1, 2]
+    assert log == [0, 1, 2, *"abcd"]
 
 
 def test_the_time_of_a_call_begins_when_it_is_asked_for(log: list[object]) -> None:
@@ -849,7 +870,7 @@ def test_one_reads_and_another_writes_on_one_descriptor(log: list[object]) -> No
     async def main() -> None:
         spawn(tell_end(log, "readable", readable(near)))
         assert await writable(near) == select.POLLOUT
-        log.append("writable")
+        await end(log, "writable", 1)
         far.send(b"x")
         await end([], "", 1)
         log.append("slept")

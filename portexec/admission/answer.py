@@ -20,9 +20,10 @@ import sys
 from portexec import kernel
 from portexec.admission import gates, seccomp
 from portexec.admission.own import Others, Own
+from portexec.admission.settle import is_served
 from portexec.binding import tables
 from portexec.binding.guard import IPPROTO_MPTCP, Flip, Guard, can_flip, host_of
-from portexec.parent.loop import first, readable
+from portexec.parent.loop import first, readable, spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,10 +47,10 @@ class Observer:
     """What admission has to tell. Every method may be called often; whoever overrides them decides what is said, and once."""
 
     def listening(self, port: int, host: str) -> None:
-        """The command listens on a number of ours, at this address; the address is empty where it could not be seen."""
+        """The command serves on a number of ours, at this address; the address is empty where it could not be seen."""
 
     def elsewhere(self, port: int) -> None:
-        """The command listens on a number that is not ours."""
+        """The command serves on a number that is not ours."""
 
     def in_the_way(self, port: int, owner: str) -> None:
         """Somebody else's listener is on a number of ours; the command got EADDRINUSE."""
@@ -93,31 +94,26 @@ class Admission:
                 found = self._found()
             else:
                 found = await readable(self.notify_fd)
-            if found & select.POLLIN:
-                self._serve()
+            self.serve()
             self._look_behind(self._gates.close_left() if self._gates else ())
         self.close_gates()
         for guard in self.guards.values():
             guard.tidy(guard.last_owner)
 
     def serve(self) -> None:
-        """Answer all that is pending."""
-        while self._found() & select.POLLIN:
-            self._serve()
+        """Answer all that is pending. What arrives meanwhile is received first: only then can no signal interrupt it.
 
-    def _serve(self) -> None:
-        """Answer what is pending. What arrives meanwhile is received first: only then can no signal interrupt it."""
+        Somebody else may have called this since the descriptor was found to be readable; to receive nothing is to wait.
+        """
         pending: list[seccomp.Notification] = []
-        is_readable = True
-        while is_readable or pending:
-            while is_readable:
+        while True:
+            while self._found() & select.POLLIN:
                 notification = seccomp.receive(self.notify_fd)
                 if notification is not None:
                     pending.append(notification)
-                is_readable = bool(self._found() & select.POLLIN)
-            if pending:
-                self._handle(pending.pop(0))
-            is_readable = bool(pending) and bool(self._found() & select.POLLIN)
+            if not pending:
+                return
+            self._handle(pending.pop(0))
 
     def close_gates(self) -> None:
         """Close them all, whoever waits."""
@@ -223,7 +219,7 @@ class Admission:
             return CONTINUE
         port = _port_of(socket)
         if port and port not in self.guards and _same_network(socket, next(iter(self.guards.values()))):
-            self.observer.elsewhere(port)
+            spawn(self._notice_elsewhere(notification.thread, port, _inode(socket)))
         guard = self._guard_for(notification, socket, port)
         if guard is None:
             return CONTINUE
@@ -232,8 +228,17 @@ class Admission:
         code = self._listen_past(guard, socket, backlog)
         if code == 0:
             self._take_up(notification, fd, socket, port)
-            self.observer.listening(port, host_of(socket))
+            spawn(self._notice(notification.thread, port, _inode(socket), host_of(socket)))
         return code
+
+    async def _notice(self, thread: int, port: int, inode: int, host: str) -> None:
+        """Tell of a listener, if it is a server's."""
+        if await is_served(thread, port, inode):
+            self.observer.listening(port, host)
+
+    async def _notice_elsewhere(self, thread: int, port: int, inode: int) -> None:
+        if await is_served(thread, port, inode):
+            self.observer.elsewhere(port)
 
     def _listen_past(self, guard: Guard, socket: _socket.socket, backlog: int) -> int:
         own, inode = self._own[guard.port], _inode(socket)
@@ -306,7 +311,7 @@ class Admission:
             for inode, host in new.items():
                 if not gate.is_bind and (inode == gate.inode or not gate.inode):
                     own.add(inode, gate.thread, -1, host, shares=False)
-                    self.observer.listening(port, host)
+                    spawn(self._notice(gate.thread, port, inode, host))
             self._report_strangers(port, own.strangers(new))
 
 

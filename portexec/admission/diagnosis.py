@@ -42,16 +42,25 @@ class Diagnosis(Observer):
             "hint: the command's bind was refused; stop that process, which runs as the same user",
         )
 
+    def not_clean(self, port: int) -> None:
+        if self.verbose:
+            self._say(
+                ("not clean", port),
+                f"note: while the command has all addresses of a family, its user's processes can share port {port} with",
+                "note: SO_REUSEPORT; other users cannot",
+            )
+
     def lose_patience(self) -> None:
         """Say that the command listens on another number than the one it was given."""
         if self._elsewhere is None or self.bound:
             return
         other = self._elsewhere
         self._elsewhere = None
+        remap = "" if _is_ephemeral(other) else f", or take its own with --remap {other}"
         self._say(
             "elsewhere",
             f"note: the command listens on port {other}, not on {self._ports()}",
-            f"hint: pass the number in its words as {{port}}, or take its own with --remap {other}",
+            f"hint: pass the number in its words as {{port}}{remap}",
         )
 
     def ended(self, status: int) -> None:
@@ -75,3 +84,13 @@ class Diagnosis(Observer):
         if key not in self._said:
             self._said.add(key)
             say(*lines)
+
+
+def _is_ephemeral(port: int) -> bool:
+    """Whether the system chose the number, and will choose another one the next time."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            lowest, highest = map(int, file.read().split())
+    except (OSError, ValueError):
+        return False
+    return lowest <= port <= highest

@@ -9,7 +9,6 @@ import sys
 from _socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
 
 from portexec.binding.guard import Flip, Guard, has_ipv6, new_socket
-from portexec.binding.refusals import cannot_listen, exhausted, none_free
 from portexec.binding.spec import ListenSpec
 from portexec.command.undo import Undo
 from portexec.errors import ListenError, reason
@@ -17,6 +16,7 @@ from portexec.errors import ListenError, reason
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from types import ModuleType
 
     Address = tuple[str, int] | tuple[str, int, int, int]
 
@@ -162,7 +162,7 @@ def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0, 
             bound.listeners.append(_bind(spec, bound, is_listening=listening))
     except OSError as error:
         bound.close()
-        raise exhausted(error) from error
+        raise _refusals().exhausted(error) from error
     except BaseException:
         bound.close()
         raise
@@ -193,6 +193,13 @@ def _bind(spec: ListenSpec, bound: Bound, *, is_listening: bool) -> Listener:
     )
 
 
+def _refusals() -> ModuleType:
+    """The words for what cannot be had, which most launches have no need of."""
+    from portexec.binding import refusals
+
+    return refusals
+
+
 def _has_hung_up(socket: _socket.socket | None) -> bool:
     import select
 
@@ -209,7 +216,7 @@ def _listen_unix(path: str, backlog: int, undo: Undo) -> _socket.socket:
         unix.listen(socket, path, backlog, undo)
     except OSError as error:
         socket.close()
-        raise cannot_listen(f"unix:{path}", error) from error
+        raise _refusals().cannot_listen(f"unix:{path}", error) from error
     except BaseException:
         socket.close()
         raise
@@ -242,9 +249,9 @@ def _first_free(spec: ListenSpec, bind: Callable[[int], _socket.socket]) -> _soc
             return bind(number)
         except OSError as error:
             if error.errno not in _NUMBER_TAKEN:
-                raise cannot_listen(spec, error) from error
+                raise _refusals().cannot_listen(spec, error) from error
             failures.append((number, error))
-    raise none_free(spec, failures)
+    raise _refusals().none_free(spec, failures)
 
 
 def _bind_udp(family: int, address: Address, spec: ListenSpec) -> _socket.socket:

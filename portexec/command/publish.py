@@ -24,9 +24,8 @@ _MODE = 0o644
 _TRIES = 100
 
 
-def announcement(listeners: Sequence[Listener]) -> list[str]:
-    """`http://127.0.0.1:41507`; with several listeners a line each, the name before the address."""
-    named = len(listeners) > 1
+def announcement(listeners: Sequence[Listener], *, named: bool) -> list[str]:
+    """`http://127.0.0.1:41507`, a line for each listener; with the name before the address where there are several."""
     return [f"{listener.name + ' ' if named else ''}{listener.url}" for listener in listeners]
 
 

@@ -6,7 +6,7 @@ import os
 import select
 import time
 
-from portexec.command.publish import described
+from portexec.command.publish import announcement, described
 from portexec.kernel import STDERR
 from portexec.parent.loop import sleep, writable
 from portexec.say import say
@@ -31,6 +31,20 @@ class Reporter:
         self.control_fd = launch.request.lifetime.control_fd
         self.is_quiet = launch.request.chosen.quiet
         self.is_verbose = launch.request.chosen.verbose
+        self.is_json = launch.request.chosen.json
+        self._said: set[str] = set()  # other addresses than those that were announced
+
+    @property
+    def has_announced(self) -> bool:
+        """Whether people were told where the command will serve."""
+        return not self.is_quiet and not self.is_json and self.control_fd is None
+
+    def announce_others(self, announced: Sequence[Listener], found: Sequence[Listener]) -> None:
+        """Announce the listeners that serve elsewhere than it was announced, once each."""
+        others = [now for before, now in zip(announced, found, strict=True) if now.host != before.host]
+        new = [line for line in announcement(others, named=len(announced) > 1) if line not in self._said]
+        self._said.update(new)
+        say(*new)
 
     def error(self, text: str) -> None:
         """Something has failed, and the run goes on."""

@@ -105,8 +105,10 @@ class Readiness:
 
         On a number that two listeners share, each has to get the address that it was given.
         """
+        living = tables.listening_hosts(listener.port)
         seen = [host for host in self.start.hosts.get(listener.port, ()) if host]
-        hosts = seen or tables.listening_hosts(listener.port)
+        # An address where it does not listen any more is forgotten: it was looked at, and another one was taken.
+        hosts = [host for host in seen if any(covers(host, one) or covers(one, host) for one in living)] if seen else living
         if listener.port in self._shared_numbers:
             return [host for host in hosts if covers(host, listener.host.strip("[]"))]
         return hosts

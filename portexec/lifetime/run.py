@@ -60,14 +60,16 @@ class Outcome:
 class Family:
     """The processes around portexec: `others` are children from before it was portexec, which are not ours to stop.
 
-    `shells` may pass on the hang-up of the terminal that portexec had at its beginning, if it had one.
+    `shells` may pass on the hang-up of the terminal that portexec had at its beginning, if it had one. `has_orphans`: a shim
+    was killed, and has left its tree to us.
     """
 
-    __slots__ = ("others", "shells")
+    __slots__ = ("has_orphans", "others", "shells")
 
     def __init__(self, others: set[int], shells: set[int]) -> None:
         self.others = others
         self.shells = shells
+        self.has_orphans = False
 
 
 class Run:
@@ -146,7 +148,7 @@ class Run:
         return start
 
     async def _follow_shim(self, start: Start) -> None:
-        while start.shim.link.is_open:
+        while start.state != GONE:
             await readable(start.shim.link)
             self._take()
 
@@ -186,6 +188,9 @@ class Run:
             self._look_for_reason(start)
         if GONE in news:
             self.starts.remove(start)
+            self.family.has_orphans = self.family.has_orphans or start.was_shim_killed
+            if start is not self.server.current:
+                start.dismiss()
             if start.end is not None and start.end.is_left:
                 self.family.others.add(start.shim.pid)  # it stays with its daemon
 
@@ -293,7 +298,10 @@ class Run:
 
     async def _clear_away(self) -> None:
         """Stop what is below us and below no shim: one that was killed has left it behind."""
-        await tree.clear_away(self.family.others, self.lifetime.kill_after, self.stopping.is_hurried)
+        if not self.family.has_orphans:
+            return
+        spare = self.family.others | {self.server.current.shim.pid}  # which waits to be dismissed
+        await tree.clear_away(spare, self.lifetime.kill_after, self.stopping.is_hurried)
 
     def _outcome(self) -> Outcome:
         """How to end. Where a signal told us to, it is as the command ended of that: 0 after a clean stop."""

@@ -32,6 +32,7 @@ RESTART = "restart"
 REPLACE = "replace"
 GIVE_UP = "give up"
 
+_OTHER_ADDRESSES = 0.1  # seconds in which a server that listens on one address takes others, too
 _REPLACEMENT_TIMEOUT = 60.0  # seconds for a new start beside an old one to become ready, where nothing else was said
 
 
@@ -158,12 +159,13 @@ class Server:
         try:
             self.listen_again()
             self.launch.bound.make_unix_listeners_anew()
-            self.current = self.make_start()
+            old, self.current = self.current, self.make_start()
         except OSError as error:
             return PortexecError(f"cannot start the command again: {reason(error)}")
         except PortexecError as error:
             return error
         self.current.shim.share(self.launch.bound.undo)
+        old.dismiss()
         return None
 
     def _begin_next(self) -> None:
@@ -184,6 +186,14 @@ class Server:
         """Look after a start, beside the others, until nothing of it is left."""
         self.starts.append(start)
         spawn(self._look_after(start))
+        if self.launch.choice.hand_off == GUARD and self.reporter.has_announced:
+            spawn(self._announce_again(start))
+
+    async def _announce_again(self, start: Start) -> None:
+        """Say another address when the command serves, but nowhere that the announced one leads to."""
+        await start.hears_more()
+        await sleep(_OTHER_ADDRESSES)
+        self.reporter.announce_others(self.launch.bound.listeners, self._readiness_of(start).followed())
 
     async def _look_after(self, start: Start) -> None:
         if start.state == IDLE and await first(start.reaches(ENDED), self._hears_client()) == 1:

@@ -84,7 +84,7 @@ class Start:
         self.began: float | None = None
         self.ready_since: float | None = None
         self.said = Said()
-        self.hosts: dict[int, list[str]] = {}
+        self.hosts: dict[int, dict[str, None]] = {}  # by number; dicts for their order
         self.end: End | None = None
         self.was_shim_killed = False
         self.signalled: list[int] = []  # numbers of signals that reached the shim alone, and that nobody has taken yet
@@ -147,7 +147,6 @@ class Start:
         if self.state == IDLE:
             self._has_ended(End(0, by_itself=False))
             self._reach(GONE)
-            self.shim.leave()
         else:
             self._is_stopped = True
             self._say(supervisor.STOP, number, sender)
@@ -155,6 +154,11 @@ class Start:
     def kill(self) -> None:
         """End all of it at once."""
         self._say(supervisor.KILL)
+
+    def dismiss(self) -> None:
+        """Let the shim of a start that is gone end: from now on somebody else undoes what was made, should we be killed."""
+        if self.shim.link.is_open:
+            self.shim.leave()
 
     def take(self) -> None:
         """Take all that the shim has said."""
@@ -177,7 +181,7 @@ class Start:
             self._pid = int(fields[0])
             self._reach(RUNNING)
         elif kind == supervisor.LISTENING:
-            self.hosts.setdefault(int(fields[0]), []).append(fields[1])
+            self.hosts.setdefault(int(fields[0]), {})[fields[1]] = None
             heard, self._heard = self._heard, Event()
             heard.set()
         elif kind == supervisor.SIGNALLED:
@@ -202,9 +206,6 @@ class Start:
             self._has_ended(End(_signal.SIGKILL, by_itself=not self._is_stopped))
         else:
             self._has_ended(End(0, by_itself=False))
-        if kind == supervisor.GONE:
-            self.shim.wait()
-        self.shim.link.close()
         self._reach(GONE)
 
     def _has_ended(self, end: End) -> None:

@@ -39,7 +39,7 @@ class Link:
 
     def receive(self) -> tuple[bytes, list[str]]:
         """Wait for the next message: its kind and its fields; ENDED when there will be none."""
-        return self._receive(0)
+        return self._receive(0) if self.is_open else (ENDED, [])
 
     def received(self) -> list[tuple[bytes, list[str]]]:
         """All messages that are there by now."""

@@ -20,7 +20,7 @@ from portexec.parent import link as links
 from portexec.parent import loop
 from portexec.parent.child import Child, fork_child, rehearse
 from portexec.parent.link import Link
-from portexec.parent.supervisor import GONE, Job, Supervisor
+from portexec.parent.supervisor import Job, Supervisor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,22 +32,23 @@ if TYPE_CHECKING:
 PREPARE = b"p"  # fork the child that is to execute the command
 UNDO = b"u"  # an entry of the undo list
 GO = b"g"  # execute the command
-LEAVE = b"l"  # end; nothing runs
+LEAVE = b"l"  # end; nothing runs, and nothing is to be undone
 
 # What the shim says.
-PREPARED = b"d"  # whether anything was gated: the child waits for the word
+PREPARED = b"d"  # why binds have to be gated, or nothing: the child waits for the word
 REFUSED = b"r"  # why: this machine does not let us admit binds
 EXHAUSTED = b"x"  # why: no child could be started
+GONE = b"o"  # nothing of the command is left; it waits for LEAVE
 
 
 class Shim:
-    """Our end: the shim's pid and the link to it. `was_gated`: a bind had to be, in the rehearsal."""
+    """Our end: the shim's pid and the link to it. `why_gated`: why a bind had to be, in the rehearsal."""
 
-    __slots__ = ("link", "pid", "was_gated")
+    __slots__ = ("link", "pid", "why_gated")
 
     def __init__(self, job: Job, inbox: Inbox) -> None:
         """Fork a shim for the job, which waits for the word. Raises OSError when resources run out."""
-        self.was_gated = False
+        self.why_gated = ""
         self.link, shims_end = links.pair(job.plan.first_fd + len(job.plan.passed))
         try:
             self.pid = os.fork()
@@ -77,7 +78,7 @@ class Shim:
             raise RefusedError(fields[0])
         if kind != PREPARED:
             raise OSError(0, fields[0] or "the process that was to start it was killed")
-        self.was_gated = bool(fields[0])
+        self.why_gated = fields[0]
 
     def share(self, undo: Undo) -> None:
         """Give it the undo list, for the case that portexec is killed."""
@@ -85,7 +86,7 @@ class Shim:
             self.link.say(UNDO, *entry)
 
     def leave(self) -> None:
-        """End a shim that runs nothing, and wait for it."""
+        """End a shim that runs nothing, and wait for it. Who says so undoes what was made."""
         self.link.say(LEAVE)
         self.link.close()
         self.wait()
@@ -124,11 +125,13 @@ def _run(link: Link, job: Job, inbox: Inbox) -> None:
     if child is not None:
         word = _hear(link, undo)
         if word == GO:
-            is_left = loop.run(Supervisor(child, job, link, inbox).run())
-            word = links.ENDED if is_left or not link.is_open else GO
+            loop.run(Supervisor(child, job, link, inbox).run())
         else:
             child.end()
-            link.say(GONE)
+        link.say(GONE)
+        word = _hear(link, undo)
+    while word not in (LEAVE, links.ENDED):
+        word = _hear(link, undo)  # what comes too late
     if word == links.ENDED:
         undo.run()
 
@@ -156,7 +159,8 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
     except OSError as error:
         link.say(EXHAUSTED, reason(error))
         return None
-    link.say(PREPARED, "gated" if child.admission is not None and child.admission.was_gated else "")
+    os.chdir("/")  # the child has the command's directory, and nobody else keeps it busy
+    link.say(PREPARED, "" if child.admission is None else child.admission.why_gated)
     return child
 
 

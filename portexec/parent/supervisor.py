@@ -42,7 +42,6 @@ FAILED = b"f"  # status, message, hint: the command cannot be executed
 LISTENING = b"i"  # port and address
 SIGNALLED = b"w"  # number: the shim alone was sent this
 ENDED = b"e"  # wait status of the command; whether it had been told to end; whether something is left that may serve
-GONE = b"o"  # nothing of it is left
 
 # The states of a command.
 _STARTING = "starting"  # told to go
@@ -111,8 +110,8 @@ class Supervisor:
         self.childless = Event()
         self.was_interrupted = False  # by Ctrl-C, which the command may have a use for
 
-    async def run(self) -> bool:
-        """Let the command go, and return when nothing is left of it. Whether a daemon had outlived it."""
+    async def run(self) -> None:
+        """Let the command go, and return when nothing is left of it, nor of a daemon that has outlived it."""
         self.child.go()
         unfiltered = Event()
         if self.child.admission is not None:
@@ -123,10 +122,8 @@ class Supervisor:
         await first(self.told.to_stop.wait(), self.ended.wait())
         if self.state == _LEFT:
             await unfiltered.wait()
-            return True
-        await self._stop()
-        self.link.say(GONE)
-        return False
+        else:
+            await self._stop()
 
     async def _answer(self, unfiltered: Event) -> None:
         assert self.child.admission is not None  # noqa: S101  # asked for by `run` only then

@@ -285,6 +285,7 @@ class Sequence:
 
     def remember(self, step: Any, outcome: Any) -> None:
         if step[0] == "make":
+            self.families[step[1]] = step[2]
             self.options[step[1]] = (step[3], step[4])
         elif step[0] in ("bind", "listen") and outcome[0] == "ok" and outcome[2]:
             host = "*" if self.families[step[1]] == "46" and outcome[1] == "::" else outcome[1].removeprefix("::ffff:")
