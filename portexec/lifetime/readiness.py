@@ -65,7 +65,8 @@ class Readiness:
             for listener in self.listeners:
                 await self._listening(listener)
         elif form == ACCEPT:
-            await first(*(self._accepts_like_all(listener) for listener in self.listeners))
+            if self.listeners:
+                await first(*(self._accepts_like_all(listener) for listener in self.listeners))
         elif form == HTTP:
             await self._answers(self.listeners[0])
 

@@ -32,6 +32,7 @@ RUNNING = "running"
 READY = "ready"
 ENDED = "ended"
 GONE = "gone"
+_ORDER = (IDLE, PREPARING, RUNNING, READY, ENDED, GONE)
 
 
 class End:
@@ -214,6 +215,6 @@ class Start:
             self._reach(ENDED)
 
     def _reach(self, state: str) -> None:
-        self.state = state
+        self.state = max(self.state, state, key=_ORDER.index)  # it may be told ready when it has ended already
         self.news.append(state)
         self._reached[state].set()

@@ -18,7 +18,7 @@ from portexec.parent import link as links
 from portexec.parent import signals, tree
 from portexec.parent.loop import Event, first, readable, spawn
 from portexec.parent.witness import ALONE, Witness
-from portexec.procfs import Processes
+from portexec.procfs import Processes, is_ending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Supervisor:
         if self.child.admission is not None:
             self.child.admission.serve()
         was_interrupted = self.was_interrupted and signals.has_died_of(wait_status, _signal.SIGINT)
-        is_told = self.told.to_stop.is_set() or self.told.to_drain or was_interrupted
+        is_told = self.told.was_alive or self.told.to_drain or was_interrupted
         if not is_told and os.WIFEXITED(wait_status):
             self.diagnosis.ended(os.WEXITSTATUS(wait_status))
         is_left = self.job.leaves_daemons and not is_told and signals.has_children()
@@ -229,6 +229,7 @@ class Supervisor:
         if self.told.to_stop.is_set():
             return
         self.told.begin()
+        self.told.was_alive = not is_ending(self.child.pid)
         self._pass_on(number, sender, number if self.job.leaves_daemons else _signal.SIGTERM)
 
     def _pass_on(self, number: int, sender: int, sent: int | None = None) -> None:
@@ -286,11 +287,12 @@ class Supervisor:
 class _Request:
     """The request to stop: when it has come, who was alive then, and whether there is more hurry."""
 
-    __slots__ = ("alive", "at_once", "stopped", "to_drain", "to_stop", "was_sent_to_all")
+    __slots__ = ("alive", "at_once", "stopped", "to_drain", "to_stop", "was_alive", "was_sent_to_all")
 
     def __init__(self) -> None:
         self.to_stop = Event()
         self.at_once = Event()
+        self.was_alive = False  # the command was not about to end by itself
         self.to_drain = False  # the command was told to end, and nothing else
         self.alive: set[int] = set()
         self.stopped: set[int] = set()  # by job control
