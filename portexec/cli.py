@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal
+import errno
 import os
 import sys
 
@@ -55,14 +56,26 @@ def _run(chosen: options.Options) -> int:
     undo = Undo()
     if any("unix:" in text for text in chosen.listen):
         _undo_when_ended(undo)
+    launch = None
     try:
         launch = prepare(Request(chosen), undo)
         if chosen.dry_run:
             return _show_plan(launch, as_json=chosen.json)
         return _end_as(start(launch))
-    except BaseException:
+    except BaseException as error:
         undo.run()
+        if launch is not None:
+            _give_back(launch)  # the modules that say what went wrong need a descriptor to be read
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise PortexecError(f"cannot open another file: {reason(error)}", "raise the limit with `ulimit -n`") from error
         raise
+
+
+def _give_back(launch: Launch) -> None:
+    try:
+        launch.bound.close()
+    except OSError:
+        pass  # they were moved for the command already
 
 
 def _undo_when_ended(undo: Undo) -> None:

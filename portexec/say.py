@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from portexec.errors import PortexecError
 
 _PATIENCE = 1000  # milliseconds
+_PIPE_BUF = 512  # so much goes into a pipe with room without blocking, wherever that is; pipe(7)
 _BUG = "error: this is a bug in portexec; please report it with the lines above"
 
 
@@ -55,13 +56,20 @@ def _escaped_character(character: str) -> str:
 
 
 def _write(text: str) -> None:
-    import select
-
-    poll = select.poll()
-    poll.register(STDERR, select.POLLOUT)
     data = os.fsencode(text)
     try:
-        while data and poll.poll(_PATIENCE):
-            data = data[os.write(STDERR, data[: select.PIPE_BUF]) :]  # so much goes in without blocking, pipe(7)
+        while data and _has_room():
+            data = data[os.write(STDERR, data[:_PIPE_BUF]) :]
     except OSError:
         pass
+
+
+def _has_room() -> bool:
+    """Wait until stderr takes a piece. Where there is no descriptor left to load `select` with, nobody can know."""
+    try:
+        import select
+    except ImportError:
+        return True
+    poll = select.poll()
+    poll.register(STDERR, select.POLLOUT)
+    return bool(poll.poll(_PATIENCE))

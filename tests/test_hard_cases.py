@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -13,13 +14,13 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import DEADLINE, PORTEXEC, child, descriptors_of, kill_group, run, status_of, wait_for
+from tests.support import DEADLINE, PORTEXEC, STRANGER, child, descriptors_of, kill_group, run, status_of, wait_for
 from tests.support.installed import need, program
 
 HAND_OFFS = ["fd", "guard", "hold"]
@@ -600,10 +601,14 @@ def interrupted_at(directory: Path, call: str, number: int) -> str:
     return "" if told == (-signal.SIGINT, "", "") else str(told)
 
 
-def test_an_interrupt_at_any_system_call_leaves_no_temporary_file(tmp_path: Path) -> None:
+def need_strace() -> None:
     probe = [program("strace"), "-o", "/dev/null", "-e", "inject=rename:signal=INT", "true"]
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("strace may not trace here")
+
+
+def test_an_interrupt_at_any_system_call_leaves_no_temporary_file(tmp_path: Path) -> None:
+    need_strace()
     words = [*PORTEXEC, "-q", "-H", "fd", "--port-file", "port", "--", "echo", "started"]
     trace = ["strace", "-o", str(tmp_path / "log"), *words]
     subprocess.run(trace, capture_output=True, check=True, cwd=tmp_path, timeout=DEADLINE)
@@ -657,6 +662,37 @@ def test_a_dead_unix_socket_is_replaced(path: Path) -> None:
         assert os.listdir() == [str(path)]
 
 
+def test_a_bound_unix_socket_that_does_not_listen_yet_is_left_alone(path: Path) -> None:
+    """Its owner is about to: another launch, between its bind and its listen, or a server that takes its time."""
+    with socket.socket(socket.AF_UNIX) as owner:
+        owner.bind(str(path))
+        refused = run("-l", f"unix:{path}", "--", "echo", "started")
+        assert (refused.returncode, refused.stdout) == (125, "")
+        assert refused.stderr.startswith(f"portexec: error: cannot listen on unix:{path}: Address already in use\n")
+        owner.listen()
+        assert path.is_socket()
+    assert os.listdir() == [str(path)]
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def test_a_live_unix_socket_of_another_kind_is_left_alone(path: Path, kind: socket.SocketKind) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as owner:
+        owner.bind(str(path))
+        assert run("-l", f"unix:{path}", "--", "true").returncode == 125
+        assert path.is_socket()
+
+
+def test_a_live_unix_server_is_not_disturbed(path: Path) -> None:
+    """It gets no connection that nobody means."""
+    with socket.socket(socket.AF_UNIX) as owner:
+        owner.bind(str(path))
+        owner.listen()
+        assert run("-l", f"unix:{path}", "--", "true").returncode == 125
+        owner.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            owner.accept()
+
+
 def test_a_live_socket_of_the_same_name_elsewhere_is_another(path: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -686,7 +722,21 @@ def test_what_is_no_socket_is_never_removed(path: Path, kind: str) -> None:
     assert os.listdir() == [str(path)]
 
 
-def test_of_20_launches_on_one_dead_unix_socket_exactly_one_wins(path: Path) -> None:
+def squat_nothing(path: Path) -> None:
+    """Nobody is in the way."""
+
+
+def squat_the_lock(path: Path) -> None:
+    """A stranger has made the lock file, which anybody can lock."""
+    lock = Path(f".{path}.portexec-lock")
+    lock.touch(0o666)
+    os.chown(lock, STRANGER, STRANGER)
+
+
+@pytest.mark.parametrize("squat", [squat_nothing, pytest.param(squat_the_lock, marks=pytest.mark.root)])
+def test_of_20_launches_on_one_dead_unix_socket_exactly_one_wins(path: Path, squat: Callable[[Path], None]) -> None:
+    squat(path)
+    squatted = {name for name in os.listdir() if name.endswith("lock")}
     for _ in range(6):
         path.unlink(missing_ok=True)
         leave_dead_socket(path)
@@ -698,4 +748,46 @@ def test_of_20_launches_on_one_dead_unix_socket_exactly_one_wins(path: Path) -> 
             assert {status for status, _ in losers} == {125}
             assert all(errors.startswith("portexec: error: cannot listen on") for _, errors in losers), losers
             assert unix_greeting_of(path) == str(path)
-        assert os.listdir() == [str(path)]
+        assert set(os.listdir()) == {str(path), *squatted}
+
+
+LOCKS: dict[str, Callable[[Path], object]] = {
+    "a file": lambda lock: lock.touch(0o600),
+    "a file for all": lambda lock: lock.touch(0o666),
+    "a file with something in it": lambda lock: lock.write_text("precious"),
+    "a directory": lambda lock: lock.mkdir(),
+    "a pipe": os.mkfifo,
+    "a link": lambda lock: lock.symlink_to("/etc/passwd"),
+}
+
+
+@pytest.mark.parametrize("kind", LOCKS)
+@pytest.mark.parametrize("owner", [None, pytest.param(STRANGER, marks=pytest.mark.root)])
+def test_nobody_blocks_a_unix_socket_by_its_lock(path: Path, kind: str, owner: int | None) -> None:
+    """Whatever is in the place of the lock, and whoever holds it. What is not ours alone, or has a use, stays there."""
+    leave_dead_socket(path)
+    lock = Path(f".{path}.portexec-lock")
+    LOCKS[kind](lock)
+    if owner is not None:
+        os.chown(lock, owner, owner, follow_symlinks=False)
+    with ExitStack() as held:
+        if kind.startswith("a file"):
+            fcntl.flock(held.enter_context(open(lock)), fcntl.LOCK_EX)
+        result = run("-q", "-l", f"unix:{path}", "--", "echo", "started")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "started\n", "")
+    assert os.path.lexists(lock)
+    assert sorted(os.listdir()) == sorted([str(path), str(lock)])
+
+
+def test_nobody_blocks_a_unix_socket_by_an_abstract_name(path: Path) -> None:
+    """Such a name can be had by everybody who finds it out."""
+    need_strace()
+    leave_dead_socket(path)
+    log = subprocess.run(
+        ["strace", "-f", "-e", "trace=bind", *PORTEXEC, "-q", "-l", f"unix:{path}", "--", "true"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    ).stderr
+    assert f'sun_path="{path}"' in log
+    assert 'sun_path=@"' not in log
