@@ -58,7 +58,8 @@ def say_error_of(launch: Launch, error: PortexecError) -> None:
 
 
 def _become(launch: Launch) -> NoReturn:
-    _publish(launch)
+    _publish_files(launch)
+    _announce(launch)
     execute.execute(launch.plan)
 
 
@@ -91,15 +92,18 @@ class _Parent:
     def run(self) -> Outcome:
         """Start the command, live, and undo what was made. Raises PortexecError, or _MerelyHold with everything as it was."""
         try:
+            early = self.inbox.read()  # pending before there was a shim, which cannot have seen them
             first = self._first_start()
             try:
-                _publish(self.launch)
+                _publish_files(self.launch)
             except BaseException:
                 first.shim.leave()
                 raise
-            first.shim.share(self.launch.bound.undo)
+            first.shim.share(self.launch.bound.undo)  # before anybody is told
+            _announce(self.launch)
             if not self.lifetime.is_lazy:
                 first.go()
+                first.forward_early(early)
             return self._live(first)
         except OSError as error:
             raise PortexecError(f"cannot start the command: {reason(error)}") from error
@@ -213,19 +217,20 @@ def _require_no_danger(launch: Launch) -> None:
         raise RefusedError(danger)
 
 
-def _publish(launch: Launch) -> None:
-    """Tell whoever is to know: files first, since they can fail, then stderr, or the program at the control descriptor."""
+def _publish_files(launch: Launch) -> None:
+    """Write the files that are to tell others the number. Raises PortexecError."""
     chosen = launch.request.chosen
     if chosen.port_file is not None or chosen.export is not None:
         from portexec.command.publish import publish_files
 
         port = launch.bound.listeners[0].port
         publish_files(chosen.port_file, chosen.export, port, launch.variables, launch.bound.undo)
-    if chosen.verbose or not chosen.quiet or launch.request.lifetime.control_fd is not None:
-        _announce(launch)
 
 
 def _announce(launch: Launch) -> None:
+    """Tell people on stderr, or the program at the control descriptor."""
+    if launch.request.chosen.quiet and not launch.request.chosen.verbose and launch.request.lifetime.control_fd is None:
+        return
     from portexec.command import publish
     from portexec.say import say, say_json
 

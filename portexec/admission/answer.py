@@ -46,6 +46,9 @@ _REFUSED = (errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENOSYS, errno.ESRCH)
 class Observer:
     """What admission has to tell. Every method may be called often; whoever overrides them decides what is said, and once."""
 
+    def listened(self, port: int) -> None:
+        """The command has called listen(2) for this number, be it to look whether it is free."""
+
     def listening(self, port: int, host: str) -> None:
         """The command serves on a number of ours, at this address; the address is empty where it could not be seen."""
 
@@ -219,6 +222,7 @@ class Admission:
             return CONTINUE
         port = _port_of(socket)
         if port and port not in self.guards and _same_network(socket, next(iter(self.guards.values()))):
+            self.observer.listened(port)
             spawn(self._notice_elsewhere(notification.thread, port, _inode(socket)))
         guard = self._guard_for(notification, socket, port)
         if guard is None:
@@ -228,6 +232,7 @@ class Admission:
         code = self._listen_past(guard, socket, backlog)
         if code == 0:
             self._take_up(notification, fd, socket, port)
+            self.observer.listened(port)
             spawn(self._notice(notification.thread, port, _inode(socket), host_of(socket)))
         return code
 
@@ -311,6 +316,7 @@ class Admission:
             for inode, host in new.items():
                 if not gate.is_bind and (inode == gate.inode or not gate.inode):
                     own.add(inode, gate.thread, -1, host, shares=False)
+                    self.observer.listened(port)
                     spawn(self._notice(gate.thread, port, inode, host))
             self._report_strangers(port, own.strangers(new))
 

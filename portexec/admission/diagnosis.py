@@ -20,20 +20,25 @@ class Diagnosis(Observer):
         self.ports = list(ports)
         self.quiet = quiet
         self.verbose = verbose
-        self.bound: dict[int, str] = {}  # the address at which the command listens on each number of ours
-        self._elsewhere: int | None = None
+        self._serves = False  # on a number of ours
+        self._knows = False  # a number of ours: it has listened there, if only to look whether it is free
+        self._elsewhere: int | None = None  # another number on which it has listened
         self._said: set[object] = set()
 
+    def listened(self, port: int) -> None:
+        if port in self.ports:
+            self._knows = True
+        else:
+            self._elsewhere = port
+
     def listening(self, port: int, host: str) -> None:
-        self.bound.setdefault(port, host)
+        self._serves = True
         if self.verbose:
             shown = f"[{host}]" if ":" in host else host or "an address that could not be seen"
             self._say(("listening", port, host), f"the command listens on {shown}:{port}")
 
     def elsewhere(self, port: int) -> None:
-        if self._elsewhere is None and not self.quiet:
-            self._elsewhere = port
-            after(_PATIENCE, self.lose_patience)
+        after(_PATIENCE, lambda: self._tell_elsewhere(port))
 
     def in_the_way(self, port: int, owner: str) -> None:
         self._say(
@@ -50,12 +55,10 @@ class Diagnosis(Observer):
                 "note: SO_REUSEPORT; other users cannot",
             )
 
-    def lose_patience(self) -> None:
-        """Say that the command listens on another number than the one it was given."""
-        if self._elsewhere is None or self.bound:
+    def _tell_elsewhere(self, other: int) -> None:
+        """Say that the command listens on another number than the one it was given, and nowhere else."""
+        if self._serves or self.quiet:
             return
-        other = self._elsewhere
-        self._elsewhere = None
         remap = "" if _is_ephemeral(other) else f", or take its own with --remap {other}"
         self._say(
             "elsewhere",
@@ -65,11 +68,11 @@ class Diagnosis(Observer):
 
     def ended(self, status: int) -> None:
         """Say that a command which failed never took the number it was given."""
-        if not self.ports:
+        if not self.ports or not status or self._knows or self.quiet:
             return
-        if status:
-            self.lose_patience()
-        if status and not self.bound and not self.quiet and "elsewhere" not in self._said:
+        if self._elsewhere is not None:
+            self._tell_elsewhere(self._elsewhere)
+        if "elsewhere" not in self._said:
             self._say(
                 "never",
                 f"note: the command failed (status {status}) and never listened on port {self._ports()}",

@@ -14,15 +14,14 @@ import time
 from portexec.errors import PortexecError
 from portexec.parent import link as links
 from portexec.parent import shim as words
-from portexec.parent import supervisor
+from portexec.parent import signals, supervisor
 from portexec.parent.child import failure_of
 from portexec.parent.loop import Event
-from portexec.parent.signals import send
 from portexec.parent.witness import ALONE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from portexec.parent.shim import Shim
 
@@ -138,6 +137,12 @@ class Start:
         """Pass on a signal that portexec was sent."""
         self._say(supervisor.SIGNAL, number, sender)
 
+    def forward_early(self, early: Iterable[signals.Received]) -> None:
+        """Pass on signals that portexec was sent when it had no shim yet."""
+        for signal in early:
+            if signals.is_to_be_forwarded(signal):
+                self.forward(signal.number, ALONE)
+
     def drain(self) -> None:
         """Tell the command to end, which may take its time."""
         self._is_stopped = True
@@ -173,7 +178,7 @@ class Start:
     def _say(self, kind: bytes, *fields: object) -> None:
         self.shim.link.say(kind, *fields)
         if self.shim.link.is_open:
-            send(self.shim.pid, _signal.SIGCONT)  # Ctrl-Z may have stopped it
+            signals.send(self.shim.pid, _signal.SIGCONT)  # Ctrl-Z may have stopped it
 
     def _take(self, kind: bytes, fields: list[str]) -> None:
         if kind == words.PREPARED:
