@@ -125,10 +125,6 @@ class Lifetime:
         """
         return self.is_asked_for or (hand_off != GUARD and self.patience is not None)
 
-    def starts_more(self) -> bool:
-        """Whether anything may be started after the first start of the command."""
-        return bool(self.then or self.is_lazy or self.restart != NO or self.control_fd is not None)
-
     def stays(self, hand_off: str) -> bool:
         """Whether portexec is the parent of the command, with this hand-off."""
         return hand_off == GUARD or self.is_asked_for_with(hand_off)

@@ -120,8 +120,6 @@ class _Parent:
         from portexec.parent import loop
 
         reporter = Reporter(self.launch)
-        if not self.lifetime.starts_more():
-            os.chdir("/")  # so that the working directory can be unmounted
         if not self.lifetime.is_asked_for_with(self.launch.choice.hand_off):
             self._keep_little(first)
         family = Family(self.others, self.shells)
@@ -134,9 +132,10 @@ class _Parent:
         return outcome
 
     def _keep_little(self, first: Start) -> None:
-        """Nothing else is to be started, and a pipe of the command's is to end with the command."""
+        """Nothing else is to be started: the directory can be unmounted, and a pipe of the command's ends with the command."""
         from portexec import kernel
 
+        os.chdir("/")
         guards = self.launch.bound.guard_descriptors()
         kernel.keep_only({STDERR, self.inbox.fileno(), first.shim.link.fileno(), *guards})
 

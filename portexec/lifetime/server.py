@@ -158,7 +158,9 @@ class Server:
         """Make the next start the current one; it waits for its beginning. Returns what prevents it."""
         try:
             self.listen_again()
-            self.launch.bound.make_unix_listeners_anew()
+            if self.launch.bound.is_unix_listener_dead():
+                self.current.dismiss()  # its shim has a copy, which keeps the name
+                self.launch.bound.make_unix_listeners_anew()
             old, self.current = self.current, self.make_start()
         except OSError as error:
             return PortexecError(f"cannot start the command again: {reason(error)}")
