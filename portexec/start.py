@@ -121,6 +121,7 @@ class _Parent:
         family = Family(self.others, self.shells)
         run = Run(self.launch, first, self._make_shim, self.inbox, self.notify, reporter, family)
         outcome = loop.run(run.live())
+        reporter.finish()
         end = first.end
         if end is None or not end.is_left:
             self.launch.bound.undo.run()  # else the shim that is left does it

@@ -99,7 +99,7 @@ parent.supervisor: admission.diagnosis binding.guard command.plan kernel parent.
 parent.tree: parent.loop parent.signals procfs
 parent.witness: kernel parent.loop
 procfs:
-request: binding.listeners binding.spec command.activation command.environment command.plan errors options
+request: binding.listeners binding.spec command.activation command.environment command.plan control errors options
 say: errors kernel
 start: admission.privileges command.execute command.plan command.publish control errors explain kernel launch lifetime.events
     lifetime.notify lifetime.run lifetime.start parent.loop parent.shim parent.signals parent.supervisor procfs request say
