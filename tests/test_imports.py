@@ -72,7 +72,7 @@ command.templates: binding.spec errors
 command.undo:
 control: errors
 errors:
-explain: command.activation command.publish launch
+explain: command.activation command.publish errors launch
 kernel:
 launch: binding.listeners command.activation command.environment command.execute command.plan command.templates command.undo
     errors request
