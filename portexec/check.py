@@ -18,7 +18,7 @@ _GATED = "available, gated: {}, so the guard opens to SO_REUSEADDR for each bind
 
 def findings() -> dict[str, str]:
     """What was found, in the order in which it is shown."""
-    guard = _guard()
+    guard, why_no_parent = _guard(), _why_no_parent()
     usable = guard.startswith("available")
     return {
         "system": f"{os.uname().sysname} {os.uname().release} {os.uname().machine}, Python {sys.version.split()[0]}",
@@ -29,6 +29,7 @@ def findings() -> dict[str, str]:
         "hand-off fd": "available",
         "hand-off guard": guard,
         "hand-off hold": "available" if LINUX else "not available: it is Linux' SO_REUSEADDR that makes it possible",
+        "lifetime": f"not available: {why_no_parent}" if why_no_parent else "available",
         "auto": f"fd when the command names the descriptor, else {GUARD if usable else HOLD}",
     }
 
@@ -45,9 +46,24 @@ def report_json() -> str:
     return json.dumps({name.replace(" ", "_").replace("-", "_"): text for name, text in findings().items()}) + "\n"
 
 
+def _why_no_parent() -> str:
+    if not LINUX:
+        return "only on Linux can portexec stay as the parent"
+    from portexec.parent import possible
+
+    return possible.why_not()
+
+
 def _seccomp() -> str:
     if not LINUX:
         return "no: this is not Linux"
+    from portexec import kernel
+
+    why = kernel.why_no_calls()
+    return f"not known: {why}" if why else _user_notification()
+
+
+def _user_notification() -> str:
     from portexec.admission import seccomp
 
     if not seccomp.is_known_machine():
@@ -78,10 +94,16 @@ def _yama() -> str:
 
 
 def _no_new_privileges() -> str:
-    if os.geteuid() == 0:
-        return "not needed by root with CAP_SYS_ADMIN"
+    from portexec.admission import privileges
+
+    if privileges.is_set():
+        return "set already by whoever started portexec: hand-off guard takes nothing more"
+    if privileges.may_do_without():
+        return "not needed with CAP_SYS_ADMIN"
+    root = "root lacks CAP_SYS_ADMIN here; " if os.geteuid() == 0 else ""
     return (
-        "needed by hand-off guard: below it sudo, su and other set-uid programs gain nothing; auto then prefers hold for them"
+        f"{root}needed by hand-off guard: below it sudo, su and other set-uid programs gain nothing;"
+        " auto then prefers hold for them"
     )
 
 
@@ -89,6 +111,8 @@ def _guard() -> str:
     """Rehearse for real: a guard, a child, a filter, and a bind that is admitted."""
     if not LINUX:
         return "not available: it needs Linux' seccomp"
+    if why := _why_no_parent():
+        return f"not available: {why}"
     bound = bind_all(parse_listen([DEFAULT]), listening=False)
     try:
         why_gated = _rehearse(bound)

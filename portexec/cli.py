@@ -125,14 +125,16 @@ def _print(text: str) -> int:
 
 
 def _report(error: PortexecError, control_fd: str | None) -> None:
-    if control_fd is not None and control_fd.isdecimal():
+    if control_fd is not None:
         from portexec import control
 
-        control.tell_error(int(control_fd), error)
-    else:
-        from portexec.say import say_error
+        fd = control.usable(control_fd)
+        if fd is not None:
+            control.tell_error(fd, error)
+            return
+    from portexec.say import say_error
 
-        say_error(error)
+    say_error(error)
 
 
 def _die_by(number: int) -> NoReturn:

@@ -32,7 +32,7 @@ class PortexecError(Exception):
     """An expected failure: what went wrong, what to do next, and the status to exit with.
 
     `message` and `hint` are lower case without a full stop; the hint may be empty. `output` is the last of what the command
-    wrote, where that is known: only the Python API keeps it.
+    wrote, where that is known: only the Python API keeps it. As text they are fit for a terminal, but for the output.
     """
 
     status = STATUS_FAILURE
@@ -44,7 +44,8 @@ class PortexecError(Exception):
         self.output = output
 
     def __str__(self) -> str:
-        parts = [self.message, f"hint: {self.hint}" if self.hint else "", f"output:\n{self.output}" if self.output else ""]
+        hint = f"hint: {self.hint}" if self.hint else ""
+        parts = [escaped(self.message), escaped(hint), f"output:\n{self.output}" if self.output else ""]
         return "\n".join(part for part in parts if part)
 
 
@@ -112,6 +113,19 @@ class AlreadyEntered(PortexecError):
 
 class RefusedError(Exception):
     """This machine does not let us admit binds; the text says why."""
+
+
+def escaped(text: str) -> str:
+    """The text with its control characters, and bytes that are no text, spelled out as `\\x1b`."""
+    return text if text.isprintable() else "".join(map(_escaped_character, text))
+
+
+def _escaped_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    is_byte = 0xDC80 <= code <= 0xDCFF  # as `surrogateescape` has it, PEP 383
+    return f"\\x{code - 0xDC00:02x}" if is_byte else character.encode("unicode_escape").decode()
 
 
 def reason(error: OSError) -> str:

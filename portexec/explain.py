@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from portexec.command import activation
 from portexec.command.publish import described
+from portexec.errors import escaped
 from portexec.launch import Launch
 
 
@@ -14,7 +15,7 @@ def verbose(launch: Launch) -> list[str]:
 
 
 def plan_text(launch: Launch) -> str:
-    """The plan, for a person."""
+    """The plan, for a person. Control characters are spelled out, whatever the words and variables have in them."""
     plan = launch.plan
     rows = [("hand-off", f"{launch.choice.hand_off} ({launch.choice.why})")]
     for listener in described(launch.bound.listeners, launch.first_fd):
@@ -26,7 +27,7 @@ def plan_text(launch: Launch) -> str:
         rows.append(("set", "LISTEN_PID, to the command's pid"))
     rows.append(("run", " ".join(_quoted(word) for word in [plan.file, *plan.argv[1:]])))
     rows.append(("note", "the next run binds anew: a port of 0 becomes another number"))
-    return "".join(f"{name:<10}{text}\n" for name, text in rows)
+    return "".join(f"{name:<10}{escaped(text)}\n" for name, text in rows)
 
 
 def plan_json(launch: Launch) -> str:

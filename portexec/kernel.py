@@ -27,6 +27,17 @@ _SIGSET_SIZE = 128  # sigset_t of the C libraries; the signals are in its first 
 _functions: dict[str, Callable[..., int]] = {}
 
 
+def why_no_calls() -> str:
+    """Why this Python has no way to the C library; empty if it has."""
+    try:
+        if not _functions:
+            _load()
+    except (ImportError, AttributeError, TypeError, OSError) as error:
+        _functions.clear()
+        return f"this Python cannot call the C library ({error})"
+    return ""
+
+
 def syscall(number: int, *arguments: int | bytes) -> int:
     """Make a system call; the result. Raises OSError.
 

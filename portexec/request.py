@@ -80,7 +80,7 @@ class Lifetime:
         self.ready = _parse_ready(chosen.ready)
         self.ready_timeout = _parse_timeout(chosen)
         self.ready_fd = _parse_fd(chosen.ready_fd, "--ready-fd")
-        self.control_fd = _parse_fd(chosen.control_fd, "--control-fd")
+        self.control_fd = _parse_control_fd(chosen.control_fd)
         self.restart = _parse_restart(chosen.restart)
         self.is_lazy = chosen.lazy
         self.kill_after = duration(_KILL_AFTER if chosen.kill_after is None else chosen.kill_after, "--kill-after")
@@ -241,6 +241,17 @@ def _parse_fd(text: str | None, option: str) -> int | None:
         ) from None
     if mode == os.O_RDONLY:
         raise UsageError(f"{fd}: this descriptor is open for reading only", "open it for writing", about=option)
+    return fd
+
+
+def _parse_control_fd(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from portexec import control
+
+    fd = number(text, "--control-fd", 0, _MAX_FD)
+    if why := control.why_not(fd):
+        raise UsageError(f"{fd}: {why}", "give it one end of a socketpair(2)", about="--control-fd")
     return fd
 
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import os
 
+from portexec.errors import PortexecError, escaped
 from portexec.kernel import STDERR
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from portexec.errors import PortexecError
 
 _PATIENCE = 1000  # milliseconds
 _PIPE_BUF = 512  # so much goes into a pipe with room without blocking, wherever that is; pipe(7)
@@ -40,19 +37,6 @@ def say_bug() -> None:
 def say_json(line: str) -> None:
     """Write a line of JSON, which escapes what is in it by itself."""
     _write(line)
-
-
-def escaped(text: str) -> str:
-    """The text with its control characters, and bytes that are no text, spelled out as `\\x1b`."""
-    return text if text.isprintable() else "".join(map(_escaped_character, text))
-
-
-def _escaped_character(character: str) -> str:
-    if character.isprintable():
-        return character
-    code = ord(character)
-    is_byte = 0xDC80 <= code <= 0xDCFF  # as `surrogateescape` has it, PEP 383
-    return f"\\x{code - 0xDC00:02x}" if is_byte else character.encode("unicode_escape").decode()
 
 
 def _write(text: str) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 
 from portexec.command import execute
-from portexec.command.plan import GUARD
-from portexec.errors import PortexecError, RefusedError, reason
+from portexec.command.plan import GUARD, HOLD
+from portexec.errors import PortexecError, RefusedError, UsageError, reason
 from portexec.kernel import STDERR
 
 TYPE_CHECKING = False
@@ -32,6 +32,8 @@ def start(launch: Launch) -> int:
 
     Raises PortexecError, with what was made in the file system still to be undone by the caller.
     """
+    if launch.stays():
+        launch = _possible(launch)
     if not launch.stays():
         _become(launch)
     parent = _Parent(launch)
@@ -42,6 +44,29 @@ def start(launch: Launch) -> int:
     if outcome.error is not None:
         say_error_of(launch, outcome.error)
     return outcome.wait_status
+
+
+def _possible(launch: Launch) -> Launch:
+    """The launch as it can be had here: with `hold` where there can be no parent and nobody insists on one."""
+    from portexec.parent import possible
+
+    why = possible.why_not()
+    if not why:
+        return launch
+    if launch.request.lifetime.control_fd is not None:
+        raise PortexecError(f"portexec cannot be the parent of a command here: {why}")
+    if launch.request.lifetime.is_asked_for_with(HOLD):
+        given = launch.request.chosen.lifetime()[0]
+        raise UsageError(f"makes portexec stay as the parent, which it cannot here: {why}", "leave it out", about=given)
+    if launch.choice.is_final:
+        raise _no_guard(why)
+    return launch.held(f"hand-off guard cannot be had: {why}")
+
+
+def _no_guard(why: object) -> PortexecError:
+    return PortexecError(
+        f"hand-off guard cannot be had here: {why}", "portexec --check shows what can; --hand-off hold needs nothing"
+    )
 
 
 def say_error_of(launch: Launch, error: PortexecError) -> None:
@@ -72,10 +97,10 @@ class _MerelyHold(Exception):  # not an error: it turns portexec back into a pro
 
 
 class _Parent:
-    """A portexec that stays, before its run has begun."""
+    """A portexec that stays, before its run has begun. What a shim leaves behind that is killed becomes its own."""
 
     def __init__(self, launch: Launch) -> None:
-        from portexec import kernel, procfs
+        from portexec import procfs
         from portexec.parent import signals
 
         self.launch = launch
@@ -83,7 +108,6 @@ class _Parent:
         self.inbox: Inbox = signals.Inbox()  # first: from now on no signal ends us with something left behind
         self.shells = procfs.shells() if signals.has_terminal() else set()
         self.others = procfs.children() if signals.has_children() else set()
-        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)  # what a shim leaves behind that is killed becomes ours
         for fd in (self.lifetime.ready_fd, self.lifetime.control_fd):
             if fd is not None and fd > STDERR:
                 os.set_inheritable(fd, False)  # it is for us, not for the command
@@ -108,10 +132,7 @@ class _Parent:
         except OSError as error:
             raise PortexecError(f"cannot start the command: {reason(error)}") from error
         except RefusedError as refusal:
-            raise PortexecError(
-                f"hand-off guard cannot be had here: {refusal}",
-                "portexec --check shows what can; --hand-off hold needs nothing",
-            ) from refusal
+            raise _no_guard(refusal) from refusal
 
     def _live(self, first: Start) -> Outcome:
         """What needs more modules than the start is imported while the command starts."""
@@ -125,6 +146,7 @@ class _Parent:
         family = Family(self.others, self.shells)
         run = Run(self.launch, first, self._make_shim, self.inbox, self.notify, reporter, family)
         outcome = loop.run(run.live())
+        reporter.finish()
         end = first.end
         if end is None or not end.is_left:
             self.launch.bound.undo.run()  # else the shim that is left does it

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+import portexec
 from tests import support
 
 Result = subprocess.CompletedProcess[str]
@@ -557,3 +559,69 @@ def test_message_about_bytes_that_are_no_text() -> None:
     result = subprocess.run([*support.PORTEXEC, "--", b"\x9b\xff"], stderr=subprocess.PIPE, timeout=support.DEADLINE)
     assert result.returncode == 127
     assert result.stderr.startswith(b"portexec: error: command not found: \\x9b\\xff\n")
+
+
+TRICK = "\x1b[2J\x9b\nportexec: error: x"
+SHOWN = r"\x1b[2J\x9b\nportexec: error: x"
+
+
+@contextmanager
+def busy_port_of(name: str) -> Iterator[int]:
+    """A port that is in use by a process of this name, of which the kernel keeps 15 bytes."""
+    program = (
+        "import socket, sys; open('/proc/self/comm', 'wb').write(sys.argv[1].encode()); s = socket.create_server(('', 0));"
+        "print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-S", "-c", program, name]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield int(support.read_line(process))
+        finally:
+            process.kill()
+
+
+def test_name_of_a_process_that_plays_tricks() -> None:
+    with busy_port_of("\x1b[2J\nportexec:") as port:
+        result = support.run("-l", str(port), "--", "true")
+        shown = r"\x1b[2J\nportexec"
+        assert result.stderr.splitlines()[0].endswith(f", {shown})") or f", {shown}:)" in result.stderr
+        assert len(result.stderr.splitlines()) == 2
+        with pytest.raises(portexec.ListenError) as refused:
+            portexec.listen(str(port))
+        assert shown in str(refused.value)
+        assert "\x1b" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--", TRICK],
+        ["--", f"./{TRICK}"],
+        ["-l", TRICK, "--", "true"],
+        ["-l", f"unix:/nonexistent/{TRICK}", "--", "true"],
+        [f"--{TRICK}", "--", "true"],
+        ["--ready", TRICK, "--", "true"],
+        ["--env-file", TRICK, "--", "true"],
+        ["--export", f"/nonexistent/{TRICK}", "--", "true"],
+        ["-e", TRICK, "--", "true"],
+        ["-v", "-e", f"X={TRICK}", "-l", f"unix:{{place}}/{TRICK}", "--", "true", TRICK, "{fd}"],
+        ["-n", "-e", f"X={TRICK}", "--", "echo", TRICK],
+        ["-n", "-l", f"unix:{{place}}/{TRICK}", "--", "echo", f"{TRICK}{{fd}}"],
+    ],
+)
+def test_no_word_plays_tricks_on_a_terminal(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = support.run(*(word.replace("{place}", ".") for word in words), env=os.environ | {"PYTHONPATH": str(support.ROOT)})
+    said = result.stdout + result.stderr
+    assert SHOWN[:8] in said
+    assert [character for character in said if not character.isprintable() and character != "\n"] == []
+    assert not any(line.startswith("portexec: error: x") for line in said.splitlines())
+
+
+@pytest.mark.parametrize("given", [{"listen": TRICK}, {"listen": f"unix:/nonexistent/{TRICK}"}, {"ready": TRICK}, {}])
+def test_no_message_of_the_python_api_plays_tricks(given: dict[str, str]) -> None:
+    """A traceback shows it on a terminal as it is."""
+    with pytest.raises(portexec.PortexecError) as raised, portexec.serve([f"./{TRICK}"], **given):  # type: ignore[arg-type]
+        pass
+    assert "\x1b" not in str(raised.value)
+    assert "\nportexec: error: x" not in str(raised.value)

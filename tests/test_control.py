@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from portexec import control
 from tests.support import DEADLINE, PORTEXEC, child, kill_group
 
 SERVER = [*child("obeying"), "fd={fd}"]
@@ -148,3 +152,123 @@ def test_what_is_no_request_is_left_out() -> None:
         assert run.next("ready")["pid"] != first
         run.process.send_signal(signal.SIGTERM)
         assert run.ended() == (-signal.SIGTERM, "")
+
+
+NONSENSE = {
+    "deep": b"[" * 60_000 + b"\n",
+    "deep inside": b'{"do": ' + b"[" * 900 + b"]" * 900 + b"}\n",
+    "a long number": b'{"do": ' + b"9" * 60_000 + b"}\n",
+    "long": b'{"do": "restart", "x": "' + b"x" * 20_000_000 + b'"}\n',
+    "binary": bytes(range(256)) * 1000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_nonsense_is_left_out_whatever_its_size(kind: str) -> None:
+    with controlled() as run:
+        first = run.next("ready")["pid"]
+        run.ours.sendall(NONSENSE[kind] + RESTART)
+        assert run.next("ready")["pid"] != first
+        run.ours.shutdown(socket.SHUT_WR)
+        assert run.ended() == (0, "")
+
+
+def test_what_never_ends_is_not_kept() -> None:
+    with controlled() as run:
+        assert run.next("ready")
+        before = memory_of(run.process.pid)
+        for _ in range(20):
+            run.ours.sendall(b"x" * 1_000_000)
+        run.ours.sendall(b"\n" + RESTART)
+        assert run.next("ready")
+        assert memory_of(run.process.pid) < before + 4096
+
+
+def memory_of(pid: int) -> int:
+    """The most that a process has ever used, in KiB."""
+    return int(re.findall(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
+
+
+def test_events_for_a_program_that_does_not_read_wait_for_it() -> None:
+    """They keep nobody waiting, are bounded, and come whole and in order when it reads."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        events = control.Events(theirs.fileno())
+        while events.tell("started", pid=0):
+            pass
+        for number in range(1, 2001):
+            assert not events.tell("started", pid=number, padding="x" * 1000)
+        received = b""
+        while not events.flush():
+            received += ours.recv(1 << 20)
+        assert events.tell("ended")
+        theirs.shutdown(socket.SHUT_WR)
+        received += ours.makefile("rb").read()
+        told = [json.loads(line) for line in received.splitlines()]
+        kept = [each["pid"] for each in told[:-1] if each["pid"]]
+        assert told[-1] == {"event": "ended"}
+        assert kept == list(range(1, len(kept) + 1))
+        assert 500 < len(kept) < 1500
+
+
+def test_a_program_that_does_not_read_cannot_keep_the_run_alive() -> None:
+    """Our end of its socket is full from the beginning."""
+    with full_socket() as (ours, theirs):
+        words = [*PORTEXEC, "-q", "--control-fd", str(theirs.fileno()), "--", "sh", "-c", "exit 3"]
+        result = subprocess.run(words, pass_fds=[theirs.fileno()], timeout=DEADLINE)
+        assert result.returncode == 3
+        assert ours.fileno() >= 0
+
+
+@contextmanager
+def full_socket() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A pair of sockets. The second takes nothing more, though it would wait for room."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        try:
+            while True:
+                theirs.send(b"\n")
+        except BlockingIOError:
+            theirs.setblocking(True)
+        yield ours, theirs
+
+
+BAD = {
+    "closed": ("999", "999: this descriptor is not open"),
+    "a file": ("0", "0: this descriptor is no socket"),
+    "a pipe": ("1", "1: this descriptor is no socket"),
+    "datagrams": ("{datagrams}", "{datagrams}: this descriptor is no stream socket"),
+    "alone": ("{alone}", "{alone}: this socket is not connected"),
+    "no number": ("x", "'x' is not a number from 0 to 1048576"),
+    "a long number": ("9" * 5000, f"'{'9' * 5000}' is not a number from 0 to 1048576"),
+    "another digit": ("\u0663", "'\u0663' is not a number from 0 to 1048576"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_descriptor_that_cannot_be_used(kind: str) -> None:
+    """It is an error in words, for people, since no program can be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams, socket.socket() as alone:
+        fds = {"datagrams": datagrams.fileno(), "alone": alone.fileno()}
+        text, message = (part.format(**fds) for part in BAD[kind])
+        words = [*PORTEXEC, "--control-fd", text, "--", "echo", "started"]
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True}
+        result = subprocess.run(words, text=True, timeout=DEADLINE, pass_fds=list(fds.values()), **streams)
+    assert (result.returncode, result.stdout) == (125, "")
+    assert result.stderr.splitlines()[0] == f"portexec: error: --control-fd {message}"
+    assert len(result.stderr.splitlines()) == 2
+
+
+WORDS = [b"[" * 100_000 + b"\n", b"\xff\n", b"{}\n", b"[1]\n", b"[]\n", b"x" * ((1 << 25) + 1)]
+
+
+@pytest.mark.parametrize("line", WORDS, ids=range(len(WORDS)))
+def test_words_that_are_none(line: bytes) -> None:
+    """The first line of a program that sends its words is read before anything else, and ends as if there were none."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        told = pool.submit(control.words, theirs.fileno())
+        ours.sendall(line)
+        ours.shutdown(socket.SHUT_WR)
+        assert told.result(DEADLINE) == []

@@ -62,8 +62,8 @@ binding.refusals: binding.spec binding.tables errors
 binding.spec: errors
 binding.tables:
 binding.unix: command.undo errors kernel
-check: admission.seccomp binding.guard binding.listeners binding.spec command.plan errors parent.child parent.loop
-    parent.signals
+check: admission.privileges admission.seccomp binding.guard binding.listeners binding.spec command.plan errors kernel
+    parent.child parent.loop parent.possible parent.signals
 cli: __init__ check command.undo control errors explain kernel launch options request say start
 command.activation:
 command.environment: errors
@@ -74,7 +74,7 @@ command.templates: binding.spec errors
 command.undo:
 control: errors
 errors:
-explain: command.activation command.publish launch
+explain: command.activation command.publish errors launch
 kernel:
 launch: binding.listeners command.activation command.environment command.execute command.plan command.templates command.undo
     errors request
@@ -94,6 +94,7 @@ parent.child: admission.answer admission.seccomp binding.guard command.execute c
     parent.loop parent.signals
 parent.link: command.execute
 parent.loop:
+parent.possible: errors kernel
 parent.shim: command.undo errors kernel parent.child parent.link parent.loop parent.signals parent.supervisor
 parent.signals: kernel
 parent.supervisor: admission.diagnosis binding.guard command.plan kernel parent.child parent.link parent.loop parent.signals
@@ -101,10 +102,11 @@ parent.supervisor: admission.diagnosis binding.guard command.plan kernel parent.
 parent.tree: parent.loop parent.signals procfs
 parent.witness: kernel parent.loop
 procfs:
-request: binding.listeners binding.spec command.activation command.environment command.plan errors options
+request: binding.listeners binding.spec command.activation command.environment command.plan control errors options
 say: errors kernel
 start: admission.privileges command.execute command.plan command.publish control errors explain kernel launch lifetime.events
-    lifetime.notify lifetime.run lifetime.start parent.loop parent.shim parent.signals parent.supervisor procfs request say
+    lifetime.notify lifetime.run lifetime.start parent.loop parent.possible parent.shim parent.signals parent.supervisor procfs
+    request say
 """
 ALLOWED = {
     words[0].rstrip(":"): set(words[1:]) for words in (row.split() for row in TABLE.replace("\n    ", " ").strip().splitlines())

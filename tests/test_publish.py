@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -343,6 +344,53 @@ def test_exports_of_many_launches_do_not_mix(directory: Path) -> None:
     assert head == "A=1"
     assert {tuple(lines[at : at + 3]) for at in range(0, len(lines), 3)} == expected
     assert len(lines) == 60
+
+
+@pytest.mark.parametrize("option", ["--port-file", "--export"])
+@pytest.mark.parametrize("hand_off", ["fd", "guard"])
+def test_a_reader_with_a_lock_is_in_nobodys_way(option: str, hand_off: str, directory: Path) -> None:
+    """Whoever may read a file can lock it, in both ways that there are; neither the launch nor the withdrawal waits."""
+    path = directory / "p"
+    path.write_text("A=1\n")
+    with open(path) as reader:
+        fcntl.flock(reader, fcntl.LOCK_EX)
+        fcntl.lockf(reader, fcntl.LOCK_SH)
+        result = support.run("-q", "-H", hand_off, option, str(path), "--", "echo", "started")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "started\n", "")
+
+
+def test_a_reader_that_locks_what_was_made_is_in_nobodys_way(directory: Path) -> None:
+    """While the server runs."""
+    words = ["--port-file", str(directory / "p"), "--export", str(directory / "env")]
+    with support.running("-H", "guard", *words, "--", "sh", "-c", "read line", stdin=subprocess.PIPE) as started:
+        started.url()
+        with open(directory / "p") as port_file, open(directory / "env") as export:
+            for reader in (port_file, export):
+                fcntl.flock(reader, fcntl.LOCK_EX)
+                fcntl.lockf(reader, fcntl.LOCK_SH)
+            support.tell(started.process, "end")
+            assert started.process.wait(support.DEADLINE) == 0
+    assert names_in(directory) == []
+
+
+def test_launches_that_append_and_withdraw_at_once_lose_no_line_of_each_other(directory: Path) -> None:
+    """Some stay and withdraw their lines when they are alone in the file; what the others have written stays whole."""
+    path = directory / "env"
+    rounds = 6
+    for _ in range(rounds):
+        path.unlink(missing_ok=True)
+        parents = [start("-q", "-H", "guard", "--export", str(path), "--", "true") for _ in range(4)]
+        launches = [run_later(path) for _ in range(8)]
+        expected = {f"PORT={launch.communicate(timeout=support.DEADLINE)[0].strip()}" for launch in launches}
+        for parent in parents:
+            assert parent.communicate(timeout=support.DEADLINE) == ("", "")
+        assert expected <= set(path.read_text().splitlines())
+        assert [line for line in path.read_text().splitlines() if not re.fullmatch(r"PORT=\d+", line)] == []
+        assert names_in(directory) == ["env"]
+
+
+def run_later(path: Path) -> subprocess.Popen[str]:
+    return start("-q", "-H", "fd", "--export", str(path), "--", "sh", "-c", "echo $PORT")
 
 
 # Both or neither

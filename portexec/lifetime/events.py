@@ -8,7 +8,7 @@ import time
 
 from portexec.command.publish import announcement, described
 from portexec.kernel import STDERR
-from portexec.parent.loop import sleep, writable
+from portexec.parent.loop import sleep, spawn, writable
 from portexec.say import say
 
 TYPE_CHECKING = False
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from portexec.binding.listeners import Listener
+    from portexec.control import Events
     from portexec.launch import Launch
 
 _PROGRESS = (5, 15, 30, 60)  # seconds after which a person who waits is told for what; then each minute
@@ -28,7 +29,9 @@ class Reporter:
         self.hand_off = launch.choice.hand_off
         self.first_fd = launch.first_fd
         self.ready_fd = launch.request.lifetime.ready_fd
-        self.control_fd = launch.request.lifetime.control_fd
+        self._control_fd = launch.request.lifetime.control_fd
+        self._events = None if self._control_fd is None else _events(self._control_fd)
+        self._is_behind = False
         self.is_quiet = launch.request.chosen.quiet
         self.is_verbose = launch.request.chosen.verbose
         self.is_json = launch.request.chosen.json
@@ -69,11 +72,21 @@ class Reporter:
             self.note(f"{passed} s: waiting for the command to {what()}")
 
     def tell(self, event: str, **fields: object) -> None:
-        """An event for the program at the control descriptor."""
-        if self.control_fd is not None:
-            from portexec import control
+        """An event for the program at the control descriptor, which may be slow to read."""
+        if self._events is not None and not self._events.tell(event, **fields) and not self._is_behind:
+            self._is_behind = True
+            spawn(self._catch_up(self._events))
 
-            control.tell(self.control_fd, event, **fields)
+    async def _catch_up(self, events: Events) -> None:
+        while not events.flush():
+            assert self._control_fd is not None  # noqa: S101  # they are for it
+            await writable(self._control_fd)
+        self._is_behind = False
+
+    def finish(self) -> None:
+        """The run is over. Who is slow gets a last chance to read the events."""
+        if self._events is not None:
+            self._events.finish()
 
     def tell_bound(self, listeners: Sequence[Listener]) -> None:
         """What was bound, for that program, before the command starts."""
@@ -102,6 +115,12 @@ class Reporter:
             pass  # nobody wants to know any more
         if fd > STDERR:
             os.close(fd)
+
+
+def _events(fd: int) -> Events:
+    from portexec import control
+
+    return control.Events(fd)
 
 
 async def _write(fd: int, data: bytes) -> None:

@@ -17,8 +17,10 @@ PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
 LOAD, EQUAL, HAS_BITS, RETURN = 0x20, 0x15, 0x45, 0x06
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 ARGUMENTS = 16 if sys.byteorder == "little" else 20
-X86_64 = {"bind": 49, "clone": 56, "listen": 50, "pidfd_getfd": 438, "pidfd_open": 434, "seccomp": 317, "socket": 41}
-GENERIC = {"bind": 200, "clone": 220, "listen": 201, "pidfd_getfd": 438, "pidfd_open": 434, "seccomp": 277, "socket": 198}
+X86_64 = {"bind": 49, "clone": 56, "listen": 50, "pidfd_getfd": 438, "pidfd_open": 434, "prctl": 157}
+X86_64 |= {"seccomp": 317, "socket": 41}
+GENERIC = {"bind": 200, "clone": 220, "listen": 201, "pidfd_getfd": 438, "pidfd_open": 434, "prctl": 167}
+GENERIC |= {"seccomp": 277, "socket": 198}
 NUMBERS = {"x86_64": X86_64, "aarch64": GENERIC, "riscv64": GENERIC}
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,35 @@
+"""Whether portexec can be the parent of a command here. Found out before anything is done, so that nothing ends half way.
+
+A parent needs the C library (signalfd(2), prctl(2), seccomp(2)), orphans that become its own, and a /proc that shows its own
+processes: without one of them it could neither say when all has ended nor stop it. Whoever is merely executed needs none.
+"""
+
+from __future__ import annotations
+
+import os
+
+from portexec import kernel
+from portexec.errors import reason
+
+
+def why_not() -> str:
+    """Why it cannot; empty if it can. Then this process is from now on the one that orphans below it come to."""
+    return kernel.why_no_calls() or _why_no_processes() or _why_no_orphans()
+
+
+def _why_no_orphans() -> str:
+    try:
+        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+    except OSError as error:
+        return f"this system does not give orphans to their grandparent (PR_SET_CHILD_SUBREAPER: {reason(error)})"
+    return ""
+
+
+def _why_no_processes() -> str:
+    try:
+        shown = os.readlink("/proc/self")
+    except OSError as error:
+        return f"/proc does not show processes ({reason(error)})"
+    if shown != str(os.getpid()):
+        return "/proc shows the processes of another PID namespace; mount one of its own, as `unshare --mount-proc` does"
+    return ""
