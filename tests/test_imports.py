@@ -105,8 +105,8 @@ procfs:
 request: binding.listeners binding.spec command.activation command.environment command.plan control errors options
 say: errors kernel
 start: admission.privileges command.execute command.plan command.publish control errors explain kernel launch lifetime.events
-    lifetime.notify lifetime.run lifetime.start parent.loop parent.possible parent.shim parent.signals parent.supervisor procfs
-    request say
+    lifetime.notify lifetime.run lifetime.start parent.loop parent.possible parent.shim parent.signals parent.supervisor
+    procfs request say
 """
 ALLOWED = {
     words[0].rstrip(":"): set(words[1:]) for words in (row.split() for row in TABLE.replace("\n    ", " ").strip().splitlines())

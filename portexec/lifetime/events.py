@@ -40,7 +40,7 @@ class Reporter:
     @property
     def has_announced(self) -> bool:
         """Whether people were told where the command will serve."""
-        return not self.is_quiet and not self.is_json and self.control_fd is None
+        return not self.is_quiet and not self.is_json and self._control_fd is None
 
     def announce_others(self, announced: Sequence[Listener], found: Sequence[Listener]) -> None:
         """Announce the listeners that serve elsewhere than it was announced, once each."""
