@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from portexec.binding import unix
 from tests.support import DEADLINE, PORTEXEC, STRANGER, child, descriptors_of, kill_group, run, status_of, wait_for
 from tests.support.installed import need, program
 
@@ -749,6 +750,22 @@ def test_of_20_launches_on_one_dead_unix_socket_exactly_one_wins(path: Path, squ
             assert all(errors.startswith("portexec: error: cannot listen on") for _, errors in losers), losers
             assert unix_greeting_of(path) == str(path)
         assert set(os.listdir()) == {str(path), *squatted}
+
+
+def test_a_fresh_unix_socket_is_put_back(path: Path) -> None:
+    """What a launch removes, in the moment in which somebody else has replaced the dead socket that it has seen."""
+    leave_dead_socket(path)
+    dead = path.stat()
+    keeps_the_number = path.rename("kept")
+    with socket.socket(socket.AF_UNIX) as owner:
+        owner.bind(str(path))
+        owner.listen()
+        fresh = path.stat()
+        unix._remove(str(path), (dead.st_dev, dead.st_ino))
+        assert os.path.samestat(path.stat(), fresh)
+        assert sorted(os.listdir()) == sorted(["kept", str(path)])
+        unix._remove(str(path), (fresh.st_dev, fresh.st_ino))
+        assert os.listdir() == [str(keeps_the_number)]
 
 
 LOCKS: dict[str, Callable[[Path], object]] = {
