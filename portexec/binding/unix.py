@@ -37,9 +37,13 @@ def listen(socket: _socket.socket, path: str, backlog: int, undo: Undo) -> None:
     mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, ENDING_SIGNALS)  # while there may be a file of which nobody knows
     try:
         _bind_path(socket, path)
-        made = file_at(path)
-        if made is not None:
-            undo.record_socket(path, *made)
+        try:
+            made = file_at(path)
+            if made is not None:
+                undo.record_socket(path, *made)
+        except MemoryError:
+            os.unlink(path)  # of which nobody knows
+            raise
         socket.listen(backlog)
     finally:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
