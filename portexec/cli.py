@@ -9,8 +9,8 @@ import sys
 
 from portexec import __version__, options
 from portexec.command.undo import Undo
-from portexec.errors import STATUS_FAILURE, PortexecError, UsageError, reason
-from portexec.kernel import ENDING_SIGNALS, STDOUT
+from portexec.errors import STATUS_FAILURE, PortexecError, UsageError, reason, shortage
+from portexec.kernel import ENDING_SIGNALS, STDERR, STDOUT
 from portexec.launch import prepare
 from portexec.request import Request
 from portexec.start import start
@@ -30,16 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = options.parse(sys.argv[1:] if arguments is None else arguments)
         return _run(chosen)
     except PortexecError as error:
-        _report(error, chosen.control_fd)
-        return error.status
+        failure = error
+        failure.__traceback__ = failure.__cause__ = failure.__context__ = None
     except KeyboardInterrupt:
         _die_by(_signal.SIGINT)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        from portexec.say import say_bug
-
-        say_bug()
-        return STATUS_FAILURE
+    except Exception as error:
+        failure = PortexecError(shortage(error))
+        if not failure.message:
+            return _report_bug()
+    # Outside of `except` nothing holds what the run had open: there are descriptors, and memory, for the words.
+    _report(failure, chosen.control_fd)
+    return failure.status
 
 
 def _run(chosen: options.Options) -> int:
@@ -125,6 +126,13 @@ def _print(text: str) -> int:
 
 
 def _report(error: PortexecError, control_fd: str | None) -> None:
+    try:
+        _tell(error, control_fd)
+    except (OSError, MemoryError) as why:  # there is not even what it takes to say it all
+        os.write(STDERR, os.fsencode(f"portexec: error: {reason(why)}\n"))
+
+
+def _tell(error: PortexecError, control_fd: str | None) -> None:
     if control_fd is not None:
         from portexec import control
 
@@ -135,6 +143,14 @@ def _report(error: PortexecError, control_fd: str | None) -> None:
     from portexec.say import say_error
 
     say_error(error)
+
+
+def _report_bug() -> int:
+    sys.excepthook(*sys.exc_info())
+    from portexec.say import say_bug
+
+    say_bug()
+    return STATUS_FAILURE
 
 
 def _die_by(number: int) -> NoReturn:

@@ -20,12 +20,15 @@ when the command was found but cannot be executed, 127 when it was not found.
 
 from __future__ import annotations
 
+import errno
 import os
 
 STATUS_TIMEOUT = 124
 STATUS_FAILURE = 125
 STATUS_CANNOT_EXECUTE = 126
 STATUS_NOT_FOUND = 127
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class PortexecError(Exception):
@@ -128,9 +131,20 @@ def _escaped_character(character: str) -> str:
     return f"\\x{code - 0xDC00:02x}" if is_byte else character.encode("unicode_escape").decode()
 
 
-def reason(error: OSError) -> str:
+def reason(error: OSError | MemoryError) -> str:
     """The system's own words for an error, without the number and the path that Python adds."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
     return error.strerror or str(error)
+
+
+def shortage(error: BaseException) -> str:
+    """What the machine had not enough of, where that is what the error says; else nothing. It is nobody's mistake."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES):
+        return reason(error)
+    if isinstance(error, ImportError) and (error.path or "").endswith(".so"):
+        return str(error)  # the dynamic loader's words: there is no descriptor for a part of Python, or no memory
+    return ""
 
 
 def how_it_ended(wait_status: int) -> str:

@@ -66,9 +66,13 @@ def _is_bound(socket: _socket.socket, path: str, backlog: int, undo: Undo) -> bo
         if error.errno != errno.EADDRINUSE:
             raise
         return False
-    made = file_at(path)
-    if made is not None:
-        undo.record_socket(path, *made)
+    try:
+        made = file_at(path)
+        if made is not None:
+            undo.record_socket(path, *made)
+    except MemoryError:
+        os.unlink(path)  # of which nobody knows
+        raise
     socket.listen(backlog)
     return True
 

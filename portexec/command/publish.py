@@ -61,18 +61,25 @@ def publish_files(port_file: str | None, export: str | None, port: int, variable
         temporary = _prepare_port_file(port_file, port) if port_file is not None else None
         lines = os.fsencode("".join(f"{name}={value}\n" for name, value in variables.items()))
         try:
-            is_new = _append(export, lines) if export is not None else False
-        except PortexecError:
+            if export is not None and _append(export, lines):
+                _record_or_take_back(export, lines, undo)
+        except (PortexecError, MemoryError):
             if temporary is not None:
                 os.unlink(temporary)
             raise
-        if export is not None and is_new:
-            undo.record_file(export, lines)
         if port_file is not None and temporary is not None:
             _put_in_place(temporary, port_file, export, lines)
             undo.record_file(port_file, b"%d\n" % port)
     finally:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
+
+
+def _record_or_take_back(export: str, lines: bytes, undo: Undo) -> None:
+    try:
+        undo.record_file(export, lines)
+    except MemoryError:
+        _take_back(export, lines)
+        raise
 
 
 def _put_in_place(temporary: str, port_file: str, export: str | None, lines: bytes) -> None:
@@ -98,7 +105,7 @@ def _prepare_port_file(path: str, port: int) -> str:
         raise _cannot_write("port file", path, error) from error
     try:
         _write_all(fd, b"%d\n" % port)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         os.unlink(temporary)
         raise _cannot_write("port file", path, error) from error
     finally:
@@ -188,11 +195,11 @@ def _take_back(path: str, lines: bytes) -> None:
         os.close(fd)
 
 
-def _cannot_write(what: str, path: str | None, error: OSError) -> PortexecError:
+def _cannot_write(what: str, path: str | None, error: OSError | MemoryError) -> PortexecError:
     hints = {
         errno.ENOENT: "the directory has to exist",
         errno.ELOOP: "a symbolic link is not followed; name the file itself",
         errno.EACCES: "choose a directory that you may write to",
         errno.EROFS: "choose a directory that can be written to",
     }
-    return PortexecError(f"cannot write {what} {path}: {reason(error)}", hints.get(error.errno or 0, ""))
+    return PortexecError(f"cannot write {what} {path}: {reason(error)}", hints.get(getattr(error, "errno", None) or 0, ""))

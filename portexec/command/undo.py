@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SOCKET = "socket"  # path, device, inode
-_FILE = "file"  # path, content
+_FILE = "file"  # path, content, the name that it has while it is removed
 
 
 class Undo:
@@ -31,7 +31,9 @@ class Undo:
 
     def record_file(self, path: str, content: bytes) -> None:
         """A file was made. It is to be removed if it has this content and no other."""
-        self.entries.append([_FILE, _absolute(path), os.fsdecode(content)])
+        directory, base = os.path.split(_absolute(path))
+        aside = os.path.join(directory, f".{base[:200]}.{os.urandom(6).hex()}")
+        self.entries.append([_FILE, os.path.join(directory, base), os.fsdecode(content), aside])
 
     def run(self) -> None:
         """Take everything back, the last first. Once more does nothing."""
@@ -40,7 +42,7 @@ class Undo:
             if kind == _SOCKET:
                 _remove_socket(path, known)
             else:
-                _remove_file(path, os.fsencode(known[0]))
+                _remove_file(path, os.fsencode(known[0]), known[1])
 
 
 def file_at(path: str) -> tuple[int, int] | None:
@@ -68,23 +70,29 @@ def _remove_socket(path: str, known: Sequence[str]) -> None:
             pass
 
 
-def _remove_file(path: str, content: bytes) -> None:
+def _remove_file(path: str, content: bytes, aside: str) -> None:
     """Remove a file that has just this content.
 
     The file is renamed before the last look, and comes back if it has more: what another launch appends meanwhile is in the
     renamed file, or that launch sees that the file has gone. A lock would not do: whoever may read a file can hold one.
+    Whoever undoes it before us may have been killed with the file aside.
     """
-    if _content(path, len(content)) != content:
-        return
-    directory, base = os.path.split(path)
-    aside = os.path.join(directory, f".{base[:200]}.{os.urandom(6).hex()}")
     try:
-        os.rename(path, aside)
+        if _content(path, len(content)) == content:
+            os.rename(path, aside)
         if _content(aside, len(content)) != content:
-            os.link(aside, path)
+            _bring_back(aside, path)
         os.unlink(aside)
     except OSError:
         pass
+
+
+def _bring_back(aside: str, path: str) -> None:
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        if not os.path.samefile(aside, path):
+            raise  # what is in it is not to be lost
 
 
 def _content(path: str, length: int) -> bytes | None:

@@ -205,7 +205,8 @@ class Start:
         if self.state == GONE:
             return  # the end of the link, which came with the last word
         if kind in (words.REFUSED, words.EXHAUSTED):
-            failure = PortexecError(f"cannot start the command: {fields[0]}")
+            self.was_shim_killed = True  # by itself, perhaps in the middle of its work, so that its tree is ours
+            failure = PortexecError(f"cannot {'look after' if self._pid else 'start'} the command: {fields[0]}")
             self._has_ended(End(0, by_itself=True, failure=failure))
         elif kind == links.ENDED and not (self.end and self.end.is_left):
             self.was_shim_killed = True

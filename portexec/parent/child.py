@@ -102,7 +102,8 @@ async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int
         child.admission.close_gates()
         kind, fields = child.link.receive()
         if kind != REHEARSED or fields[0]:
-            raise RefusedError(f"the rehearsal failed: {fields[0] or 'the child ended'}")
+            why = fields[1] if kind == FAILED else fields[0] or "the child ended"
+            raise RefusedError(f"the rehearsal failed: {why}")
         if child.admission.was_gated and remap:
             raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
     except BaseException:
@@ -153,6 +154,8 @@ def _live(link: Link, plan: Plan, rehearsal_port: int | None, parent: int, inbox
                 kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGTERM)
                 inbox.restore()
                 _execute(link, plan)
+    except (OSError, MemoryError) as error:
+        link.say(FAILED, STATUS_FAILURE, f"cannot start the command: {reason(error)}", "")
     finally:
         os._exit(STATUS_FAILURE)
 
@@ -160,8 +163,8 @@ def _live(link: Link, plan: Plan, rehearsal_port: int | None, parent: int, inbox
 def _install(link: Link) -> bool:
     try:
         notify_fd = seccomp.install()
-    except OSError as error:
-        link.say(REFUSED, error.errno, reason(error))
+    except (OSError, MemoryError) as error:
+        link.say(REFUSED, getattr(error, "errno", errno.ENOMEM), reason(error))
         return False
     link.socket.sendmsg([NOTIFY_FD], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, notify_fd.to_bytes(4, sys.byteorder))])
     os.close(notify_fd)
@@ -181,7 +184,7 @@ def _rehearse(link: Link, port: int) -> _socket.socket:
         socket.bind(address)
         socket.listen(1)
         problem = "" if socket.getsockname() == address else "another address was bound"
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         problem = reason(error)
     link.say(REHEARSED, problem)
     return socket

@@ -60,7 +60,7 @@ class Link:
         try:
             message = self.socket.recv(_MAX_MESSAGE, flags)
         except ConnectionResetError:
-            message = b""
+            return self._receive(flags)  # it has ended without having read all; what it said before that is there
         if not message:
             self.close()
         return message[:1], os.fsdecode(message[1:]).split(_SEPARATOR)

@@ -109,7 +109,7 @@ def _live(link: Link, job: Job, inbox: Inbox) -> NoReturn:
             _replace_stdin()
         _run(link, job, inbox)
         os._exit(0)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         link.say(EXHAUSTED, reason(error))
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -156,7 +156,7 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
     except RefusedError as refusal:
         link.say(REFUSED, refusal)
         return None
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         link.say(EXHAUSTED, reason(error))
         return None
     os.chdir("/")  # the child has the command's directory, and nobody else keeps it busy
