@@ -10,6 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_MAX_OTHERS = 16
 _PATIENCE = 2.0  # seconds that a command may listen elsewhere (a debugger, live reload) before it takes its own number
 
 
@@ -22,14 +23,14 @@ class Diagnosis(Observer):
         self.verbose = verbose
         self._serves = False  # on a number of ours
         self._knows = False  # a number of ours: it has listened there, if only to look whether it is free
-        self._elsewhere: int | None = None  # another number on which it has listened
+        self._others: dict[int, bool] = {}  # other numbers on which it has listened, in order; whether it serves there
         self._said: set[object] = set()
 
     def listened(self, port: int) -> None:
         if port in self.ports:
             self._knows = True
-        else:
-            self._elsewhere = port
+        elif len(self._others) < _MAX_OTHERS:
+            self._others.setdefault(port, False)
 
     def listening(self, port: int, host: str) -> None:
         self._serves = True
@@ -38,7 +39,9 @@ class Diagnosis(Observer):
             self._say(("listening", port, host), f"the command listens on {shown}:{port}")
 
     def elsewhere(self, port: int) -> None:
-        after(_PATIENCE, lambda: self._tell_elsewhere(port))
+        if port in self._others:
+            self._others[port] = True
+            after(_PATIENCE, self._tell_elsewhere)
 
     def in_the_way(self, port: int, owner: str) -> None:
         self._say(
@@ -55,10 +58,11 @@ class Diagnosis(Observer):
                 "note: SO_REUSEPORT; other users cannot",
             )
 
-    def _tell_elsewhere(self, other: int) -> None:
-        """Say that the command listens on another number than the one it was given, and nowhere else."""
-        if self._serves or self.quiet:
+    def _tell_elsewhere(self) -> None:
+        """Say that the command listens on another number than the one it was given: the first one on which it serves."""
+        if self._serves or self.quiet or not self._others:
             return
+        other = max(self._others, key=self._others.__getitem__)  # of several that are equal, the first
         remap = "" if _is_ephemeral(other) else f", or take its own with --remap {other}"
         self._say(
             "elsewhere",
@@ -70,8 +74,7 @@ class Diagnosis(Observer):
         """Say that a command which failed never took the number it was given."""
         if not self.ports or not status or self._knows or self.quiet:
             return
-        if self._elsewhere is not None:
-            self._tell_elsewhere(self._elsewhere)
+        self._tell_elsewhere()
         if "elsewhere" not in self._said:
             self._say(
                 "never",
