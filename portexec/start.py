@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from portexec.lifetime.run import Outcome
     from portexec.lifetime.start import Start
     from portexec.parent.shim import Shim
-    from portexec.parent.signals import Inbox
+    from portexec.parent.signals import Inbox, Received
     from portexec.parent.supervisor import Job
 
 
@@ -127,14 +127,16 @@ class _Parent:
             _announce(self.launch)
             if not self.lifetime.is_lazy:
                 first.go()
-                first.forward_early(early)
-            return self._live(first)
+            if not self.lifetime.is_asked_for_with(self.launch.choice.hand_off):
+                first.forward_early(early)  # at once: the command may look whether one is pending
+                early = []
+            return self._live(first, early)
         except OSError as error:
             raise PortexecError(f"cannot start the command: {reason(error)}") from error
         except RefusedError as refusal:
             raise _no_guard(refusal) from refusal
 
-    def _live(self, first: Start) -> Outcome:
+    def _live(self, first: Start, early: list[Received]) -> Outcome:
         """What needs more modules than the start is imported while the command starts."""
         from portexec.lifetime.events import Reporter
         from portexec.lifetime.run import Family, Run
@@ -145,7 +147,7 @@ class _Parent:
             self._keep_little(first)
         family = Family(self.others, self.shells)
         run = Run(self.launch, first, self._make_shim, self.inbox, self.notify, reporter, family)
-        outcome = loop.run(run.live())
+        outcome = loop.run(run.live(early))
         reporter.finish()
         end = first.end
         if end is None or not end.is_left:

@@ -26,7 +26,7 @@ from portexec.request import NONE, Ready
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from portexec.command.plan import Plan
     from portexec.launch import Launch
@@ -97,8 +97,10 @@ class Run:
         self.tests: Start | None = None
         self.stopping = _Stopping()
 
-    async def live(self) -> Outcome:
-        """Live to the last process gone."""
+    async def live(self, early: Iterable[signals.Received]) -> Outcome:
+        """Live to the last process gone. `early` are the signals that came when there was no shim yet."""
+        for signal in early:
+            self._take_signal(signals.Received(signal.number, ALONE, from_terminal=signal.from_terminal))
         self._follow_start(self.server.current)
         spawn(self._follow_signals())
         if self.notify is not None:
