@@ -129,7 +129,7 @@ def _report(error: PortexecError, control_fd: str | None) -> None:
     try:
         _tell(error, control_fd)
     except (OSError, MemoryError) as why:  # there is not even what it takes to say it all
-        os.write(STDERR, os.fsencode(f"portexec: error: {reason(why)}\n"))
+        os.write(STDERR, os.fsencode(f"portexec: error: {shortage(why) or reason(why)}\n"))
 
 
 def _tell(error: PortexecError, control_fd: str | None) -> None:

@@ -140,10 +140,12 @@ def reason(error: OSError | MemoryError) -> str:
 
 def shortage(error: BaseException) -> str:
     """What the machine had not enough of, where that is what the error says; else nothing. It is nobody's mistake."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES):
+    if isinstance(error, MemoryError):
         return reason(error)
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        return f"cannot go on: {reason(error)}"
     if isinstance(error, ImportError) and (error.path or "").endswith(".so"):
-        return str(error)  # the dynamic loader's words: there is no descriptor for a part of Python, or no memory
+        return f"cannot go on: {error}"  # the dynamic loader's words: no descriptor for a part of Python, or no memory
     return ""
 
 

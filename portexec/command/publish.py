@@ -85,7 +85,7 @@ def _record_or_take_back(export: str, lines: bytes, undo: Undo) -> None:
 def _put_in_place(temporary: str, port_file: str, export: str | None, lines: bytes) -> None:
     try:
         os.rename(temporary, port_file)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         os.unlink(temporary)
         if export is not None:
             _take_back(export, lines)
