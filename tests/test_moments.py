@@ -1,14 +1,13 @@
 """A signal, no more descriptors, or no more memory, at every moment of a run. Nothing hangs, and nothing is left.
 
 A moment is just before a call of portexec's own that may enter the kernel, in any of its processes; tests/children/moment.py
-makes things happen there. A run has some hundred moments, and each is tried in a run of its own. So one of many is tried,
-others every time; the seed stands in a failure. PORTEXEC_MOMENTS=all tries all, PORTEXEC_MOMENTS=7 those of the seed 7.
+makes things happen there. A run has some hundred moments, and each is tried in a run of its own. So one of many is tried, the
+same ones every time. PORTEXEC_MOMENTS=all tries all of them, and PORTEXEC_MOMENTS=7 those of another seed, 7.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from tests.support.proc import processes_with
 from tests.support.processes import PORTEXEC
 
 CHOSEN = os.environ.get("PORTEXEC_MOMENTS", "")
-SEED = int(CHOSEN) if CHOSEN.isdecimal() else random.SystemRandom().randrange(1000)
+SEED = int(CHOSEN) if CHOSEN.isdecimal() else 1
 STEP = 1 if CHOSEN == "all" else 47  # from one moment that is tried to the next
 AT_ONCE = 2
 FAILURE = 125
