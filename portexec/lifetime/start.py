@@ -2,7 +2,8 @@
 
     IDLE -> PREPARING -> RUNNING -> READY -> ENDED -> GONE
 
-IDLE is for a lazy start, which waits for its first connection. READY may be left out, and so may all that comes before ENDED.
+IDLE is a start that waits: a lazy one for its first connection, any other for the end of the pause before it.
+READY may be left out, and so may all that comes before ENDED.
 ENDED is the end of the command itself, GONE that of all that it has started.
 """
 
