@@ -8,21 +8,24 @@ before the run ends, whatever happens to a flip.
 Our own sockets get past the guard by the *flip*: SO_REUSEPORT on guard and socket, bind or listen, SO_REUSEPORT off again.
 The kernel reads the option live and shares SO_REUSEPORT within one user only, so even in between strangers stay out.
 
-The flip leaves a trace. The kernel caches (user, address) of the last socket with SO_REUSEPORT that was bound to a number,
-and a socket of that user that *matches* the cache is bound without any check: sk_reuseport_match() in the kernel's
-net/ipv4/inet_connection_sock.c. Left alone, the cache would let the same user past the guard, and would let a second socket
-of the command join its first one in silence. So each flip ends with a *scrub*: a throw-away socket is bound to a random
+The flip leaves a trace. The kernel caches (user, address) of the last socket with SO_REUSEPORT that was bound to a number.
+A socket of that user that *matches* the cache is bound without any check (sk_reuseport_match() in the kernel's
+net/ipv4/inet_connection_sock.c). Left alone, the cache would let the same user past the guard. It would let a second socket
+of the command join its first one in silence, too. So each flip ends with a *scrub*: a throw-away socket is bound to a random
 address that nobody uses, which replaces what the cache holds.
 
 - A scrub must not match the cache, or nothing is replaced. A cached wildcard matches its own family, so the scrub after it
   is of the other family. A cached `[::]` for both families matches everything, and no scrub replaces that.
-- So a socket for both families is bound over a *seed*. A cached `[::]` for IPv6 alone matches it, too, and then the kernel
-  leaves the cache as it is; but an IPv4 scrub does not match that one. The kernel checks nothing when the cache matches. The
-  seeds take the check instead: one for each family, with the options of the socket.
-- A scrub needs room. Where other sockets of the command have all addresses of its family, it can be had only by taking those
-  sockets into the flip. Where these are not to be had, the bind stands, the flip is not *clean*, and it is tried again later.
+- So before a socket for both families is bound, the cache gets a *seed*: `[::]` for IPv6 alone. The seed matches the socket,
+  and then the kernel leaves the cache as it is. An IPv4 scrub does not match the seed, and replaces it. But the kernel checks
+  nothing when the cache matches. The seeds take the check instead: one for each family, with the options of the socket.
+- A scrub needs room. Where other sockets of the command have all addresses of its family, these sockets have to share in the
+  flip, too. Where we cannot get them, the bind stands, the flip is not *clean*, and a scrub is tried again later.
 - The *wash* is for what no scrub replaces: the guard listens for an instant. A socket without SO_REUSEPORT empties the cache
   when it is bound or listens. The kernel refuses that while anything else overlaps the guard.
+
+gVisor knows no flip: it fixes what a socket shares when the socket is bound. A guard there is *open*: it is born with
+SO_REUSEADDR, and anybody who sets SO_REUSEADDR gets past it.
 
 Sockets are made by `_socket`, not by `socket`: importing the latter takes longer than all the rest of portexec, for
 enumerations that are not needed here.
@@ -46,20 +49,23 @@ from _socket import (
     SOL_SOCKET,
 )
 
+from portexec.errors import CloseOnError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     Others = Callable[[bool], Iterable[_socket.socket]]
 
 IPPROTO_MPTCP = 262
-IP_FREEBIND = 15  # ip(7); a scrub works where its address is nobody's, and where the loopback interface is down
+IP_FREEBIND = 15  # ip(7): an address can be bound that no interface has, also while the loopback interface is down
+WEAKLY = "weakly: a program that sets SO_REUSEADDR can take the number where the command does not listen"  # an open guard
 _FIRST_FREE_FD = 3  # a closed standard stream stays closed: no socket of ours becomes descriptor 0, 1 or 2
 _SCRUBS = 3  # how often each family is tried while a process of the same user interferes
-_DEVICE_SIZE = 16  # IFNAMSIZ
+DEVICE_SIZE = 16  # IFNAMSIZ
 _IP_MINTTL = 21  # ip(7)
 _IPV6_MINHOPCOUNT = 73  # linux/in6.h
-_GREATEST = 255
+_GREATEST = 255  # hop limit
 _FAMILIES = (AF_INET, AF_INET6)
 _EVERY_FOUR = "0.0.0.0"
 _EVERY_SIX = "::"
@@ -73,41 +79,47 @@ class Guard:
     """The guard of one number, and the owner of its one socket.
 
     Several processes may have copies of the socket; nothing that is done with a guard depends on closing one.
-    `is_tidy`: as far as this process knows, no earlier flip has left a way past the guard. Whoever takes a guard over from
-    another process knows nothing. `last_owner` is the user that the last flip made the guard belong to, None for our own.
+    `is_tidy`: as far as this process knows, no earlier flip has left a way past the guard. A process that takes a guard over
+    from another one knows nothing. `last_owner` is the user that the last flip made the guard belong to, None for our own.
+    `is_open`: it lets SO_REUSEADDR pass from its beginning, as the kernel knows no flip.
     """
 
-    __slots__ = ("_is_named", "is_tidy", "last_owner", "port", "socket")
+    __slots__ = ("_is_named", "is_open", "is_tidy", "last_owner", "port", "socket")
 
     def __init__(self, number: int) -> None:
         """Guard this number, 0 for any that is free. Raises OSError when it cannot be had."""
+        self.is_open = False
         self.is_tidy = True
         self.last_owner: int | None = None
         self.socket, address = _any_socket()
-        try:
+        with CloseOnError(self):
             _bind_guard(self.socket, address, number)
             self.port: int = self.socket.getsockname()[1]
             self._is_named = bool(number) or self._bind_by_name(address)
-        except BaseException:
-            self.socket.close()
-            raise
 
     def _bind_by_name(self, address: str) -> bool:
-        """Put a socket in our place that has asked for the number.
+        """Replace our socket by one that has asked for the number.
 
-        The kernel takes the number from a socket that it was chosen for when that socket has listened and is shut down, so
-        such a guard cannot be washed.
+        A socket that did not ask for its number loses it when it has listened and is shut down. Such a guard cannot be washed.
         """
         named, _ = _any_socket()
         try:
             with Flip(self, named, address):
                 named.bind((address, self.port))
         except OSError:
-            named.close()  # in a sandbox whose kernel knows no flip; the number is ours, which is what counts
+            named.close()  # the kernel knows no flip; the number is ours, which is what counts
             return False
         self.socket.close()
         self.socket = named
         return True
+
+    def bind_open(self) -> None:
+        """Bind anew, open. In between anybody can take the number. Raises OSError when somebody has taken it."""
+        self.socket.close()
+        self.socket, address = _any_socket()
+        self.set(SO_REUSEADDR, 1)
+        self.socket.bind((address, self.port))
+        self.is_open = True
 
     def fileno(self) -> int:
         """Its descriptor."""
@@ -135,21 +147,29 @@ class Guard:
                 _give(self.socket, before)
         return self.is_tidy
 
+    def give_way(self) -> None:
+        """Let everybody pass who sets SO_REUSEADDR, other users too."""
+        self.set(SO_REUSEADDR, 1)
+
+    def give_way_no_more(self) -> None:
+        """Let nobody pass any more. Who has passed may be in the kernel's cache, as a user whom we do not know: so scrub.
+
+        Beside a listener for both families no scrub is possible. None is needed there: nobody could pass beside it.
+        """
+        self.set(SO_REUSEADDR, 0)
+        if not _scrub(self, _FAMILIES, None, _none):
+            self._wash(None)
+
     def _lets_in(self, owner: int | None) -> bool:
         """Whether the cache matches whole families: then an address that nobody has asked for can be bound."""
         return any(_can_bind(self.port, _random_address(family), owner) for family in _FAMILIES)
 
     def _wash(self, owner: int | None) -> bool:
-        """Listen for an instant. Who connects in that instant is not heard, and tries again, rather than accepted.
-
-        So it is with packets of a lower hop limit than the greatest, which is what senders use.
-        """
+        """Listen for an instant, deaf."""
         if not self._is_named:
             return False
         try:
-            self.socket.setsockopt(IPPROTO_IP, _IP_MINTTL, _GREATEST)
-            if self.socket.family == AF_INET6:
-                self.socket.setsockopt(IPPROTO_IPV6, _IPV6_MINHOPCOUNT, _GREATEST)
+            make_deaf(self.socket)
             self.socket.listen(0)
             self.socket.shutdown(_socket.SHUT_RDWR)
         except OSError:
@@ -170,9 +190,9 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
     """Bind a guard to a number on which only connections of an earlier server are left, in TIME_WAIT or still open.
 
     SO_REUSEADDR gets past them, but also past another guard of hand-off `hold`, so a mutex comes first: an exclusive socket
-    on one address of this number that nobody uses. It cannot be had while anybody holds the number on all addresses, and
-    while we hold it, no other launch gets here. Being bound without the option, it also keeps the kernel from caching that
-    SO_REUSEADDR suffices on this number (tb->fastreuse, Linux up to 6.1).
+    on one address of this number that nobody uses. The mutex cannot be bound while anybody holds the number on all addresses.
+    While we hold the mutex, no other launch gets here. The mutex is bound without SO_REUSEADDR. That also keeps the kernel
+    from caching that the option suffices on this number (tb->fastreuse, Linux up to 6.1).
     """
     mutex = new_socket(AF_INET)
     try:
@@ -189,36 +209,60 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
 class Flip:
     """The time in which `socket` may be bound to `host`, or may listen there, beside the guard; see the module's text.
 
-    `others` gives the sockets that are bound to the number already and that are no stranger's: the command's, or ours. It is
-    called when they are needed, with whether it may take long to find them.
-    `is_clean`, at its end: nobody can come the same way. It is false where no scrub could be had.
+    `others` gives the sockets of the command, or ours, that are bound to the number already. It is called when they are needed;
+    its argument says whether the search may take long. `beside` are listeners of ours on the same address: they share, too,
+    during the flip, so that the socket gets in beside them.
+    `is_clean`, after the flip: it has left no way past the guard. False where no scrub succeeded.
 
-    Root can do better than share with one user: for this time the sockets belong to a user that nobody is and that nobody can
-    guess (fchown(2) on a socket changes the user whom the kernel compares). Then the kernel makes the whole check, and what it
-    caches matches nobody. A socket that shares by itself, with its user's other ones, keeps its owner, and so does one of
-    MPTCP, where the kernel compares the user of an inner socket; then guard, seeds and scrubs become that user's.
+    Root can do better than share with one user. During the flip the sockets belong to a random user id, which no process has
+    and nobody can guess: fchown(2) on a socket changes the user whom the kernel compares. Then the kernel makes the whole
+    check, and what it caches matches nobody.
+
+    Two kinds of sockets keep their owner: one that shares by itself, with its user's other sockets, and one of MPTCP, where
+    the kernel compares the user of an inner socket. Then guard, seeds and scrubs become that user's.
     """
 
-    __slots__ = ("_guard", "_host", "_is_hidden", "_others", "_owner", "_owners", "_socket", "_was_shared", "is_clean")
+    __slots__ = (
+        "_beside",
+        "_guard",
+        "_host",
+        "_is_hidden",
+        "_others",
+        "_owner",
+        "_owners",
+        "_socket",
+        "_was_shared",
+        "is_clean",
+    )
 
-    def __init__(self, guard: Guard, socket: _socket.socket, host: str, others: Others = _none) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        socket: _socket.socket,
+        host: str,
+        others: Others = _none,
+        beside: Sequence[_socket.socket] = (),
+    ) -> None:
         self._guard = guard
+        self._beside = beside
         self._socket = socket
         self._host = host
         self._others = others
         self._was_shared = socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)
         self._owner: int | None = None  # of seeds and scrubs; None for our own user
-        self._owners: list[tuple[_socket.socket, int]] = []  # whom each socket belonged to that belongs to another user now
+        self._owners: list[tuple[_socket.socket, int]] = []  # the sockets whose owner we have changed, and their former owners
         self._is_hidden = False
         self.is_clean = False
 
     def __enter__(self) -> Flip:
+        if self._guard.is_open:
+            return self
         if os.geteuid() == 0:
             self._hide()
         try:
             if not self._is_hidden:
                 self._refuse_to_join(is_tidy=self._guard.tidy(self._owner, self._others))
-            self._socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+            self._share(1, *self._beside, self._socket)
             self._guard.set(SO_REUSEPORT, 1)
             if not self._is_hidden and is_on_both_families(self._socket, self._host):
                 self._seed()
@@ -228,9 +272,11 @@ class Flip:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        if not self._guard.is_open:
+            self._end()
 
     def _end(self) -> None:
+        self._share(0, *self._beside)
         try:
             self.is_clean = self._is_hidden or _scrub(self._guard, self._families(), self._owner, self._others)
             self._guard.is_tidy, self._guard.last_owner = self.is_clean, self._owner
@@ -239,11 +285,15 @@ class Flip:
             self._socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self._was_shared)
             self._show()
 
-    def _seed(self) -> None:
-        """Make the kernel remember `[::]` for IPv6 alone, and check what it will not check of the socket. Raises OSError.
+    def _share(self, value: int, *sockets: _socket.socket) -> None:
+        for socket in sockets:
+            socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, value)
 
-        At each moment what is cached can be scrubbed: a seed for all of IPv4 comes only when there is room for a scrub of IPv6,
-        which the first line finds out, and the other way round.
+    def _seed(self) -> None:
+        """Make the kernel cache `[::]` for IPv6 alone, and check what it will not check of the socket. Raises OSError.
+
+        What is cached can be scrubbed at each moment. The first address shows that there is room for an IPv6 scrub, which can
+        replace the IPv4 seed. The IPv4 seed shows that there is room for an IPv4 scrub, which can replace the IPv6 seed.
         """
         for address in (_random_address(AF_INET6), _EVERY_FOUR, _EVERY_SIX):
             _bind_briefly(self._guard.port, address, self._owner, like=self._socket)
@@ -251,7 +301,7 @@ class Flip:
     def _families(self) -> tuple[int, ...]:
         """The families of scrubs that what is cached now does not match."""
         if is_on_both_families(self._socket, self._host):
-            return (AF_INET, AF_INET6)  # after the seed for IPv4, when the one for IPv6 was refused, it is the second
+            return (AF_INET, AF_INET6)  # the second where the seed for IPv6 was refused, and that for IPv4 is cached
         if self._host == _EVERY_SIX:
             return (AF_INET,)
         if "." not in self._host:
@@ -259,13 +309,15 @@ class Flip:
         return (AF_INET6,) if self._host.endswith(_EVERY_FOUR) else (AF_INET, AF_INET6)
 
     def _refuse_to_join(self, *, is_tidy: bool) -> None:
-        """Refuse what the kernel would refuse, but will not now that the socket shares: to join one that shares by itself.
+        """Refuse to join another socket that shares by itself: without the flip, the kernel would. Raises OSError.
 
-        Where something is cached that matches too much, to join any other. Raises OSError.
+        Where the guard is not tidy, the cache may match too much. Then refuse to join any other socket.
         """
         if self._was_shared:
             return
         for other in self._others(False):
+            if other in self._beside:
+                continue
             if (not is_tidy or other.getsockopt(SOL_SOCKET, SO_REUSEPORT)) and self._conflicts_with(other):
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
@@ -278,9 +330,9 @@ class Flip:
     def _hide(self) -> None:
         owner = owner_of(self._socket)
         is_bare = not self._was_shared and self._socket.proto != IPPROTO_MPTCP
-        user = 1 << 31 | int.from_bytes(os.urandom(4), "big") >> 2 if is_bare else owner
+        user = _random_user() if is_bare else owner
         try:
-            for socket in (self._socket, self._guard.socket):
+            for socket in (self._socket, self._guard.socket, *self._beside):
                 self._owners.append((socket, owner_of(socket)))
                 _give(socket, user)
         except OSError:  # in a container without CAP_CHOWN, or without that user
@@ -296,7 +348,7 @@ class Flip:
 
 
 def _scrub(guard: Guard, families: tuple[int, ...], owner: int | None, others: Others) -> bool:
-    """Replace what the cache holds. The guard shares no longer afterwards. False: nothing that we can bind replaces it."""
+    """Replace what the cache holds. Afterwards the guard does not share. False: nothing that we can bind replaces it."""
     if any(_replace(guard, family, owner) for family in families * _SCRUBS):
         return True
     opened = [socket for socket in others(True) if not socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)]
@@ -310,9 +362,9 @@ def _scrub(guard: Guard, families: tuple[int, ...], owner: int | None, others: O
 
 
 def _replace(guard: Guard, family: int, owner: int | None) -> bool:
-    """Bind one scrub, and find out whether it is what the cache holds now.
+    """Bind one scrub, and find out whether the cache holds it now.
 
-    It can be otherwise: the scrub matched what was there, or a process of the same user came after it.
+    It does not if the scrub matched what was cached, or if a process of the same user has bound after it.
     """
     address = _random_address(family)
     guard.set(SO_REUSEPORT, 1)
@@ -333,12 +385,12 @@ def _is_cached(port: int, address: str, owner: int | None) -> bool:
     except OSError:
         return False
     try:
-        return not _is_bound(socket, _random_address(family), port) and _is_bound(socket, address, port)
+        return not _try_to_bind(socket, _random_address(family), port) and _try_to_bind(socket, address, port)
     finally:
         socket.close()
 
 
-def _is_bound(socket: _socket.socket, address: str, port: int) -> bool:
+def _try_to_bind(socket: _socket.socket, address: str, port: int) -> bool:
     try:
         socket.bind((address, port))
     except OSError:
@@ -357,12 +409,12 @@ def _can_bind(port: int, address: str, owner: int | None) -> bool:
 def _bind_briefly(
     port: int, address: str, owner: int | None, *, reuse_address: int = 0, like: _socket.socket | None = None
 ) -> None:
-    """Bind a throw-away socket that shares, and close it; `like` another one in what the kernel checks. Raises OSError."""
+    """Bind a throw-away socket that shares, and close it. It gets the options of `like` that count. Raises OSError."""
     socket = _make_sharer(_family_of(address), owner)
     try:
         if like is not None:
             reuse_address = like.getsockopt(SOL_SOCKET, SO_REUSEADDR)
-            device = like.getsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, _DEVICE_SIZE)
+            device = like.getsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, DEVICE_SIZE)
             if device:
                 socket.setsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, device)
         if reuse_address:
@@ -375,16 +427,13 @@ def _bind_briefly(
 def _make_sharer(family: int, owner: int | None) -> _socket.socket:
     """A throw-away socket with SO_REUSEPORT, of one family alone, that can be bound to any address."""
     socket = new_socket(family)
-    try:
+    with CloseOnError(socket):
         if family == AF_INET6:
             socket.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 1)
         socket.setsockopt(IPPROTO_IP, IP_FREEBIND, 1)
         socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
         if owner is not None:
             os.fchown(socket.fileno(), owner, -1)
-    except BaseException:
-        socket.close()
-        raise
     return socket
 
 
@@ -413,6 +462,36 @@ def can_flip(guard: Guard, socket: _socket.socket) -> bool:
     return True
 
 
+def can_hide() -> bool:
+    """Whether a flip of ours can hide: sockets can be made to belong to a user that nobody is."""
+    socket = new_socket(AF_INET)
+    try:
+        os.fchown(socket.fileno(), _random_user(), -1)
+    except OSError:
+        return False
+    finally:
+        socket.close()
+    return True
+
+
+def _random_user() -> int:
+    """A user that nobody is."""
+    return 1 << 31 | int.from_bytes(os.urandom(4), "big") >> 2
+
+
+def knows_flips() -> bool:
+    """Whether this kernel heeds what a socket shares now, rather than what it shared when it was bound."""
+    holder, sharer = new_socket(AF_INET), new_socket(AF_INET)
+    try:
+        holder.bind((_EVERY_FOUR, 0))
+        for socket in (holder, sharer):
+            socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1)
+        return _try_to_bind(sharer, *holder.getsockname())
+    finally:
+        holder.close()
+        sharer.close()
+
+
 def has_ipv6() -> bool:
     """Whether the kernel knows IPv6 at all. Where it is merely switched off, a dual-stack socket still works for IPv4."""
     socket, address = _any_socket()
@@ -430,6 +509,17 @@ def _any_socket() -> tuple[_socket.socket, str]:
         return new_socket(AF_INET), _EVERY_FOUR
     socket.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 0)
     return socket, _EVERY_SIX
+
+
+def make_deaf(socket: _socket.socket, *, is_deaf: bool = True) -> None:
+    """Make a listener deaf: a client is neither accepted nor refused, and tries again within a second or so.
+
+    A deaf listener drops packets whose hop limit is below the greatest, and senders use a lower one. Raises OSError.
+    """
+    least = _GREATEST if is_deaf else 0
+    socket.setsockopt(IPPROTO_IP, _IP_MINTTL, least)
+    if socket.family == AF_INET6:
+        socket.setsockopt(IPPROTO_IPV6, _IPV6_MINHOPCOUNT, least)
 
 
 def owner_of(socket: _socket.socket) -> int:

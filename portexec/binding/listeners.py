@@ -8,10 +8,10 @@ import os
 import sys
 from _socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
 
-from portexec.binding.guard import Flip, Guard, has_ipv6, new_socket
+from portexec.binding.guard import Flip, Guard, has_ipv6, knows_flips, new_socket
 from portexec.binding.spec import ListenSpec
 from portexec.command.undo import Undo
-from portexec.errors import ListenError, reason
+from portexec.errors import CloseOnError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,66 +24,107 @@ LINUX = sys.platform == "linux"
 
 MAX_BACKLOG = 2**31 - 1  # what listen(2) takes; the kernel allows less
 _CLIENT_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}
+ALL_ADDRESSES = frozenset(_CLIENT_HOST)
 _NUMBER_TAKEN = (errno.EADDRINUSE, errno.EACCES)
 
 
 class Listener:
     """A number, with the address and the name it goes by, and the socket that listens on it.
 
-    `kind` is "tcp", "udp" or "unix". `host` is what a client should use, in brackets if it is IPv6; for unix it is empty,
-    `path` is set and `port` is 0. There is no `socket` when the command is to bind
-    the number itself.
+    `kind` is "tcp", "udp" or "unix". `address` is where it listens, `*` for both families. `host` is what a client on this
+    machine should use, in brackets if it is IPv6, and `known_as` what other machines should use, if `--host` said so. For unix
+    all three are empty, `path` is set and `port` is 0. There is no `socket` when the command is to bind the number itself.
+    `named`: its name was given. `scheme` is for the URL of a TCP listener.
     """
 
-    __slots__ = ("host", "kind", "name", "named", "path", "port", "socket")
+    __slots__ = ("address", "host", "kind", "known_as", "name", "named", "path", "port", "scheme", "socket")
 
     def __init__(
         self,
         name: str,
         kind: str,
         *,
+        address: str = "",
         host: str = "",
+        known_as: str = "",
         port: int = 0,
         path: str = "",
         socket: _socket.socket | None = None,
         named: bool = True,
+        scheme: str = "http",
     ) -> None:
         self.name = name
         self.kind = kind
+        self.address = address
         self.host = host
+        self.known_as = known_as
         self.port = port
         self.path = path
         self.socket = socket
         self.named = named
+        self.scheme = scheme
 
     def at(self, hosts: Sequence[str]) -> Listener:
-        """The listener as it is once the command listens at these addresses: at its own, if one of them covers that."""
-        if any(covers(host, self.host.strip("[]")) for host in hosts if host):
-            return self
-        host = next((in_url(_CLIENT_HOST.get(host, host)) for host in hosts if host), self.host)
-        return Listener(self.name, self.kind, host=host, port=self.port, path=self.path, socket=self.socket, named=self.named)
+        """The listener as it is when the command listens at these addresses. Its host stays if one of them covers the host.
+
+        Where all of them are of the loopback interface, other machines do not reach the listener by any name.
+        """
+        hosts = [host for host in hosts if host]
+        is_hidden = bool(hosts) and not is_loopback(self.known_as) and all(map(is_loopback, hosts))
+        known_as = "" if is_hidden else self.known_as
+        if any(covers(host, self.host.strip("[]")) for host in hosts):
+            return self if known_as == self.known_as else self._copy(self.host, known_as, self.socket)
+        host = next((in_url(_CLIENT_HOST.get(host, host)) for host in hosts), self.host)
+        return self._copy(host, known_as, self.socket)
+
+    def with_socket(self, socket: _socket.socket) -> Listener:
+        """The same listener with another socket."""
+        return self._copy(self.host, self.known_as, socket)
+
+    def _copy(self, host: str, known_as: str, socket: _socket.socket | None) -> Listener:
+        return Listener(
+            self.name,
+            self.kind,
+            address=self.address,
+            host=host,
+            known_as=known_as,
+            port=self.port,
+            path=self.path,
+            socket=socket,
+            named=self.named,
+            scheme=self.scheme,
+        )
+
+    @property
+    def told_host(self) -> str:
+        """The host that everybody is told."""
+        return self.known_as or self.host
 
     @property
     def url(self) -> str:
-        """Where a client finds it: `http://HOST:PORT`, `udp://HOST:PORT` or `unix:PATH`."""
+        """Where a client finds it: `http://HOST:PORT`, with https where that is known, `udp://HOST:PORT` or `unix:PATH`."""
         if self.kind == "unix":
             return f"unix:{self.path}"
-        return f"{'udp' if self.kind == 'udp' else 'http'}://{self.host}:{self.port}"
+        return f"{'udp' if self.kind == 'udp' else self.scheme}://{self.told_host}:{self.port}"
 
 
 class Bound:
     """All that one run has bound, and the owner of its sockets until the command gets them.
 
-    `guards` has one guard for each number; listeners may share a number on different addresses.
+    `guards` has one guard for each number; listeners may share a number on different addresses. `socket_mode` is the mode of
+    unix sockets, None for what the umask leaves. `elders` are earlier listeners of the same addresses, whose server is about to
+    end.
     """
 
-    __slots__ = ("backlog", "guards", "listeners", "undo")
+    __slots__ = ("backlog", "elders", "guards", "listeners", "socket_mode", "undo")
 
-    def __init__(self, backlog: int, undo: Undo) -> None:
+    def __init__(self, backlog: int, socket_mode: int | None, undo: Undo) -> None:
         self.backlog = backlog
+        self.socket_mode = socket_mode
         self.undo = undo
         self.listeners: list[Listener] = []
         self.guards: dict[int, Guard] = {}
+        self.elders: list[_socket.socket] = []
 
     def guard_descriptors(self) -> tuple[int, ...]:
         """The descriptors of all guards."""
@@ -106,19 +147,22 @@ class Bound:
         return any(_has_hung_up(listener.socket) for listener in self.listeners if listener.kind == "unix")
 
     def make_unix_listeners_anew(self) -> None:
-        """Replace those that were shut down, under their descriptors. Nobody else may have them open. Raises as `bind_all`."""
+        """Replace those that were shut down, under their descriptors, which no other process may have open.
+
+        Raises ListenError, OSError.
+        """
         for listener in self.listeners:
             if listener.kind == "unix" and listener.socket is not None and _has_hung_up(listener.socket):
                 fd = listener.socket.detach()
                 os.close(fd)
-                listener.socket = _listen_unix(listener.path, self.backlog, self.undo)
+                listener.socket = _listen_unix(listener.path, self)
                 if listener.socket.fileno() != fd:
                     os.dup2(listener.socket.fileno(), fd, inheritable=False)
                     listener.socket.close()
                     listener.socket = _socket.socket(AF_UNIX, SOCK_STREAM, 0, fd)
 
     def listen_again(self) -> None:
-        """Let the TCP listeners listen that a server has shut down when it ended, as some do (shutdown(2)). Raises OSError."""
+        """Let TCP listeners listen again that a server has shut down at its end, as some do (shutdown(2)). Raises OSError."""
         for listener in self.listeners:
             socket = listener.socket
             if listener.kind == "tcp" and socket is not None and not socket.getsockopt(SOL_SOCKET, _socket.SO_ACCEPTCONN):
@@ -129,8 +173,13 @@ class Bound:
         if guard is None:
             socket.listen(self.backlog)
             return
-        with Flip(guard, socket, socket.getsockname()[0], lambda _: self.sockets_on(port, but=socket)):
+        address = socket.getsockname()
+        with Flip(guard, socket, address[0], lambda _: self.sockets_on(port, but=socket), self.elders_at(address)):
             socket.listen(self.backlog)
+
+    def elders_at(self, address: object) -> list[_socket.socket]:
+        """The earlier listeners of this address."""
+        return [elder for elder in self.elders if elder.getsockname() == address]
 
     def sockets_on(self, port: int, but: _socket.socket | None = None) -> list[_socket.socket]:
         """The TCP listeners of this number that we have, without one."""
@@ -141,38 +190,42 @@ class Bound:
         """Give everything back: close the sockets, and remove the unix sockets that were made."""
         for guard in self.guards.values():
             guard.close()
-        for listener in self.listeners:
-            if listener.socket is not None:
-                listener.socket.close()
+        for socket in (*self.elders, *(listener.socket for listener in self.listeners)):
+            if socket is not None:
+                socket.close()
         self.undo.run()
         self.listeners.clear()
         self.guards.clear()
 
 
-def bind_all(specs: Iterable[ListenSpec], *, listening: bool, backlog: int = 0, undo: Undo | None = None) -> Bound:
+def bind_all(
+    specs: Iterable[ListenSpec],
+    *,
+    listening: bool,
+    backlog: int = 0,
+    socket_mode: int | None = None,
+    undo: Undo | None = None,
+) -> Bound:
     """Choose and guard a number for every spec.
 
-    `listening`: make a listening socket for each, with this backlog (0 for the greatest). Otherwise the command is to bind
-    the number itself. What is made in the file system is recorded in `undo`.
+    `listening`: make a listening socket for each, with this backlog (0 for the greatest), a unix one with this mode. Otherwise
+    the command is to bind the number itself. What is made in the file system is recorded in `undo`.
     Raises ListenError, with nothing left bound, when any of them cannot be had.
     """
-    bound = Bound(backlog or _socket.SOMAXCONN, undo or Undo())
+    bound = Bound(backlog or _socket.SOMAXCONN, socket_mode, undo or Undo())
     try:
-        for spec in specs:
-            bound.listeners.append(_bind(spec, bound, is_listening=listening))
-    except OSError as error:
-        bound.close()
+        with CloseOnError(bound):
+            for spec in specs:
+                bound.listeners.append(_bind(spec, bound, is_listening=listening))
+    except OSError as error:  # all is closed by now, so that there is a descriptor to import the words with
         raise _refusals().exhausted(error) from error
-    except BaseException:
-        bound.close()
-        raise
     return bound
 
 
 def _bind(spec: ListenSpec, bound: Bound, *, is_listening: bool) -> Listener:
     backlog = bound.backlog if is_listening else None
     if spec.kind == "unix":
-        socket = _listen_unix(spec.address, bound.backlog, bound.undo)
+        socket = _listen_unix(spec.address, bound)
         return Listener(spec.name, "unix", path=spec.address, socket=socket, named=spec.named)
     family, address = _resolve(spec)
     if spec.kind == "udp":
@@ -182,11 +235,12 @@ def _bind(spec: ListenSpec, bound: Bound, *, is_listening: bool) -> Listener:
     host, port = socket.getsockname()[:2]
     if backlog is None:
         socket.close()
-    host = _CLIENT_HOST.get(host if spec.address != "*" else "*", host)
+    listening_at = "*" if spec.address == "*" else host
     return Listener(
         spec.name,
         spec.kind,
-        host=in_url(host),
+        address=listening_at,
+        host=in_url(_CLIENT_HOST.get(listening_at, host)),
         port=port,
         socket=None if backlog is None else socket,
         named=spec.named,
@@ -194,7 +248,7 @@ def _bind(spec: ListenSpec, bound: Bound, *, is_listening: bool) -> Listener:
 
 
 def _refusals() -> ModuleType:
-    """The words for what cannot be had, which most launches have no need of."""
+    """The module with the words of errors, which most launches do not need."""
     from portexec.binding import refusals
 
     return refusals
@@ -208,18 +262,15 @@ def _has_hung_up(socket: _socket.socket | None) -> bool:
     return bool(poll.poll(0))
 
 
-def _listen_unix(path: str, backlog: int, undo: Undo) -> _socket.socket:
+def _listen_unix(path: str, bound: Bound) -> _socket.socket:
     from portexec.binding import unix
 
     socket = new_socket(AF_UNIX)
     try:
-        unix.listen(socket, path, backlog, undo)
+        with CloseOnError(socket):
+            unix.listen(socket, path, bound.backlog, bound.socket_mode, bound.undo)
     except OSError as error:
-        socket.close()
         raise _refusals().cannot_listen(f"unix:{path}", error) from error
-    except BaseException:
-        socket.close()
-        raise
     return socket
 
 
@@ -233,9 +284,7 @@ def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:
         found = _socket.getaddrinfo(host_name, None, 0, SOCK_STREAM, 0, _socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "not a host name"
-        raise ListenError(
-            f"cannot resolve {spec.address!r}: {why}", "give an address of this machine, such as 127.0.0.1, [::1] or *"
-        ) from error
+        raise _refusals().cannot_resolve(spec, why) from error
     family, _, _, _, sockaddr = found[0]
     host, rest = sockaddr[0], sockaddr[2:]
     return family, lambda number: (host, number, *rest)
@@ -257,11 +306,8 @@ def _first_free(spec: ListenSpec, bind: Callable[[int], _socket.socket]) -> _soc
 def _bind_udp(family: int, address: Address, spec: ListenSpec) -> _socket.socket:
     """A UDP socket, exclusive on its address. It has no guard: a guard on the same address would swallow its datagrams."""
     socket = _inet_socket(family, spec)
-    try:
+    with CloseOnError(socket):
         socket.bind(address)
-    except BaseException:
-        socket.close()
-        raise
     return socket
 
 
@@ -273,57 +319,86 @@ def _bind_tcp(
     bound: Bound,
     backlog: int | None,
 ) -> _socket.socket:
-    """Guard the number, unless we do already, and get a socket of ours past the guard; it listens if it is to."""
+    """Guard the number, unless we do already, and get a socket of ours past the guard. With a backlog the socket listens."""
     if not LINUX:
         return _bind_unguarded(family, address(number), spec, backlog)
-    guard = bound.guards.get(number) or Guard(number)
-    socket = None
-    try:
-        socket = _inet_socket(family, spec)
-        sockaddr = address(guard.port)
-        with Flip(guard, socket, sockaddr[0], lambda _: bound.sockets_on(guard.port)):
-            socket.bind(sockaddr)
-            if backlog is not None:
-                socket.listen(backlog)
-    except BaseException:
-        if socket is not None:
-            socket.close()
-        if guard.port not in bound.guards:
-            guard.close()
-        raise
+    known = bound.guards.get(number)
+    if known is not None:
+        return _bind_past(known, family, address, spec, bound, backlog)
+    guard = Guard(number)
+    with CloseOnError(guard):
+        socket = _bind_past(guard, family, address, spec, bound, backlog)
     bound.guards[guard.port] = guard
     return socket
+
+
+def _bind_past(
+    guard: Guard,
+    family: int,
+    address: Callable[[int], Address],
+    spec: ListenSpec,
+    bound: Bound,
+    backlog: int | None,
+) -> _socket.socket:
+    sockaddr = address(guard.port)
+    socket = _inet_socket(family, spec)
+    with CloseOnError(socket):
+        try:
+            _flip_past(guard, socket, sockaddr, bound, backlog)
+        except OSError:
+            if knows_flips():
+                raise
+            guard.bind_open()
+            _flip_past(guard, socket, sockaddr, bound, backlog)
+    return socket
+
+
+def _flip_past(guard: Guard, socket: _socket.socket, address: Address, bound: Bound, backlog: int | None) -> None:
+    with Flip(guard, socket, address[0], lambda _: bound.sockets_on(guard.port)):
+        socket.bind(address)
+        if backlog is not None:
+            socket.listen(backlog)
 
 
 def _bind_unguarded(family: int, address: Address, spec: ListenSpec, backlog: int | None) -> _socket.socket:
     """A listener where the kernel has no guard to offer: exclusive on its own address, as far as the system makes it so."""
     socket = _inet_socket(family, spec)
-    try:
+    with CloseOnError(socket):
         socket.bind(address)
         if backlog is not None:
             socket.listen(backlog)
-    except BaseException:
-        socket.close()
-        raise
     return socket
 
 
 def _inet_socket(family: int, spec: ListenSpec) -> _socket.socket:
-    socket = new_socket(family, SOCK_DGRAM if spec.kind == "udp" else SOCK_STREAM)
+    socket = tcp_socket(family) if spec.kind == "tcp" else new_socket(family, SOCK_DGRAM)
     if family == AF_INET6:
         socket.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, spec.address != "*")
-    if spec.kind == "tcp":
-        # Accepted connections inherit both. Without the first, a number that was served on could not be had again for a
-        # minute (TIME_WAIT); under the guard it lets nobody in. Without the second, servers that take the descriptor for a
-        # unix socket, as uvicorn does, answer each keep-alive request 40 ms late.
-        socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-        socket.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+    return socket
+
+
+def tcp_socket(family: int) -> _socket.socket:
+    """A TCP socket with the options of a listener of ours.
+
+    Accepted connections inherit both. Without SO_REUSEADDR, a number that was served on could not be bound again for a minute
+    (TIME_WAIT); beside the guard the option lets nobody in. Without TCP_NODELAY, servers that take the descriptor for a unix
+    socket, as uvicorn does, answer each keep-alive request 40 ms late.
+    """
+    socket = new_socket(family)
+    socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    socket.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
     return socket
 
 
 def in_url(host: str) -> str:
     """An address as it stands in a URL: an IPv6 one in brackets."""
     return f"[{host}]" if ":" in host else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is one of the loopback interface, which other machines do not reach."""
+    host = host.strip("[]").lower().removeprefix("::ffff:")
+    return host.startswith("127.") or host == "::1" or f".{host}".endswith(".localhost")
 
 
 def covers(one: str, other: str) -> bool:

@@ -1,13 +1,15 @@
-"""Why a listener cannot be had, in words: each candidate, the reason of each, and who has the number."""
+"""Why a listener cannot be made, in words: each candidate, the reason for each, and who has the number."""
 
 from __future__ import annotations
 
 import errno
 
-from portexec.binding.spec import ListenSpec
+from portexec.binding.guard import Guard
+from portexec.binding.spec import STABLE_WORD, ListenSpec, is_name
 from portexec.errors import ListenError, reason
 
 _MAX_REASONS = 4  # how many candidates an error describes one by one
+_ALIKE = 0.8  # from this ratio on, one word is another with a slip in it
 
 
 def cannot_listen(spec: ListenSpec | str, error: OSError) -> ListenError:
@@ -19,6 +21,19 @@ def cannot_listen(spec: ListenSpec | str, error: OSError) -> ListenError:
         errno.ENOENT: "the directory has to exist",
     }
     return ListenError(f"cannot listen on {spec}: {reason(error)}", hints.get(error.errno or 0, ""))
+
+
+def cannot_resolve(spec: ListenSpec, why: str) -> ListenError:
+    """The error for a word that is no address. It may be `stable` with a slip in it, or the name of a listener."""
+    import difflib
+
+    hint = "give an address of this machine, such as 127.0.0.1, [::1] or *"
+    if difflib.get_close_matches(spec.address.lower(), [STABLE_WORD], 1, _ALIKE):
+        hint = f"did you mean {STABLE_WORD}?"
+    elif is_name(spec.address):
+        rest = str(spec).replace(f"{spec.address}:", "", 1)
+        hint = f"a name is written {spec.address}={rest}; an address is such as 127.0.0.1, [::1] or *"
+    return ListenError(f"cannot resolve {spec.address!r}: {why}", hint)
 
 
 def exhausted(error: OSError) -> ListenError:
@@ -46,14 +61,23 @@ def none_free(spec: ListenSpec, failures: list[tuple[int, OSError]]) -> ListenEr
 
 
 def _why_not(number: int, error: OSError, spec: ListenSpec) -> str:
-    if not number:
+    if not number and not _is_one_left():
         return f"none is left in the ephemeral range ({_ephemeral_range()})"
-    if error.errno != errno.EADDRINUSE or spec.kind != "tcp":
+    if not number or error.errno != errno.EADDRINUSE or spec.kind != "tcp":
         return reason(error)
     from portexec.binding import tables
 
     owner = tables.who_has(number)
     return f"{reason(error)} ({owner})" if owner else reason(error)
+
+
+def _is_one_left() -> bool:
+    """Whether the kernel has a free number for a guard. If so, something else has failed."""
+    try:
+        Guard(0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _ephemeral_range() -> str:

@@ -3,7 +3,9 @@
 [NAME=]SPEC
 SPEC       ADDRESS | ADDRESS:PORTS | PORTS | unix:PATH | unix:@ABSTRACT | udp:[ADDRESS:]PORTS
 ADDRESS    127.0.0.1   [::1]   localhost   0.0.0.0   [::]   *        or any host name
-PORTS      0   8000   3000,0   8000-8099   8000,8001,9000-9010,0     candidates, tried in this order
+PORTS      0   8000   3000,0   8000-8099   stable   8000,8001,9000-9010,0     candidates, tried in this order
+
+`stable` stays as it is here: which numbers it stands for depends on the project (`binding.stable`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 DEFAULT = "127.0.0.1:0"
+STABLE_WORD = "stable"
+STABLE = (-1, -1)  # among the candidates, it stands for the stable numbers
 FORMS = "a spec is ADDRESS, ADDRESS:PORTS, PORTS, unix:PATH or udp:[ADDRESS:]PORTS; see portexec --help"
 
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
@@ -28,31 +32,42 @@ class ListenSpec:
     """What one `--listen` asks for.
 
     `kind` is "tcp", "udp" or "unix". `address` is a host without brackets, or for unix the path (`@` begins an abstract
-    name). `candidates` are inclusive ranges of numbers to try in order; (0, 0) stands for any free one. `named` tells
-    a name that was given from one that was made up from the position.
+    name). `candidates` are inclusive ranges of numbers to try in order; (0, 0) stands for any free one, and STABLE for the
+    numbers `stable`. `named`: the name was given, and not made up from the position.
     """
 
-    __slots__ = ("address", "candidates", "kind", "name", "named")
+    __slots__ = ("address", "candidates", "kind", "name", "named", "stable")
 
     def __init__(
-        self, name: str, kind: str, address: str, candidates: tuple[tuple[int, int], ...] = (), named: bool = True
+        self,
+        name: str,
+        kind: str,
+        address: str,
+        candidates: tuple[tuple[int, int], ...] = (),
+        named: bool = True,
+        stable: tuple[int, ...] = (),
     ) -> None:
         self.name = name
         self.kind = kind
         self.address = address
         self.candidates = candidates
         self.named = named
+        self.stable = stable
+
+    def settled(self, stable: tuple[int, ...]) -> ListenSpec:
+        """The same spec, with the numbers that `stable` stands for."""
+        return ListenSpec(self.name, self.kind, self.address, self.candidates, self.named, stable)
 
     def numbers(self) -> Iterator[int]:
         """Yield the candidate numbers in the order in which they are to be tried."""
         for low, high in self.candidates:
-            yield from range(low, high + 1)
+            yield from self.stable if (low, high) == STABLE else range(low, high + 1)
 
     def __str__(self) -> str:
         if self.kind == "unix":
             return f"unix:{self.address}"
         host = f"[{self.address}]" if ":" in self.address else self.address
-        ports = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in self.candidates)
+        ports = ",".join(map(_shown, self.candidates))
         return f"{'udp:' if self.kind == 'udp' else ''}{host}:{ports}"
 
     def __eq__(self, other: object) -> bool:
@@ -62,6 +77,13 @@ class ListenSpec:
 
     def __repr__(self) -> str:
         return f"ListenSpec({', '.join(f'{s}={getattr(self, s)!r}' for s in self.__slots__)})"
+
+
+def _shown(candidates: tuple[int, int]) -> str:
+    low, high = candidates
+    if candidates == STABLE:
+        return STABLE_WORD
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def parse_listen(texts: Iterable[str]) -> list[ListenSpec]:
@@ -129,16 +151,26 @@ def _split_address(text: str, rest: str) -> tuple[str, str]:
         raise UsageError(f"malformed listen spec {text!r}", f"it is an address, not a URL: {bare}")
     if rest.count(":") > 1:
         raise UsageError(f"malformed listen spec {text!r}", f"an IPv6 address goes in brackets: [{rest}]")
+    if rest.startswith(("/", "./")):
+        raise UsageError(f"malformed listen spec {text!r}", f"a unix socket is written unix:{rest}")
     if ":" in rest:
         address, _, ports = rest.partition(":")
+        if not address and ports[:1] in _DIGITS:
+            raise UsageError(f"malformed listen spec {text!r}", f"write {ports} alone, or *:{ports} for every address")
+        if address and ports and _DIGITS.issuperset(address + ports):
+            hint = f"a range is {address}-{ports}; " if int(address) < int(ports) else ""
+            hint += f"a command with a fixed port gets another by --remap {ports}"
+            raise UsageError(f"{address} is no address in listen spec {text!r}", hint)
         return _checked_host(text, address), ports
-    if rest[:1] in _DIGITS and "." not in rest and not any(c.isalpha() for c in rest):
+    if rest.partition(",")[0] == STABLE_WORD:
+        return "127.0.0.1", rest
+    if rest[:1] in _DIGITS and "." not in rest and not any(c.isalpha() for c in rest.replace(STABLE_WORD, "")):
         return "127.0.0.1", rest
     return _checked_host(text, rest), "0"
 
 
 def _checked_host(text: str, host: str) -> str:
-    if not host or any(c.isspace() or not c.isprintable() or c in "[]=,/@" for c in host):
+    if not host or host[0] == "-" or any(c.isspace() or not c.isprintable() or c in "[]=,/@" for c in host):
         raise UsageError(f"malformed listen spec {text!r}", FORMS)
     return "127.0.0.1" if host == "localhost" else host
 
@@ -148,6 +180,8 @@ def _parse_ports(text: str, ports: str) -> tuple[tuple[int, int], ...]:
 
 
 def _parse_range(text: str, part: str) -> tuple[int, int]:
+    if part == STABLE_WORD:
+        return STABLE
     low_text, dash, high_text = part.partition("-")
     low = _parse_port(text, low_text)
     high = _parse_port(text, high_text) if dash else low
@@ -162,7 +196,7 @@ def _parse_port(text: str, digits: str) -> int:
     if not digits or not _DIGITS.issuperset(digits):
         raise UsageError(
             f"malformed port {digits!r} in listen spec {text!r}",
-            "ports are numbers, ranges and lists: 8000 or 8000-8099 or 3000,0",
+            "ports are numbers, ranges and lists: 8000 or 8000-8099 or 3000,0; or stable",
         )
     if len(digits) > 9 or int(digits) > _MAX_PORT:
         raise UsageError(f"port {digits} in {text!r} is too high", f"the highest is {_MAX_PORT}")

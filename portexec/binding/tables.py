@@ -1,36 +1,51 @@
-"""The kernel's own list of TCP sockets, and the processes that hold them: Linux' /proc/net/tcp, tcp6 and /proc/PID/fd.
+"""The kernel's own lists of sockets, and the processes that hold them: sock_diag(7), /proc/net/{tcp,tcp6,unix}, /proc/PID/fd.
 
 Only for messages and for watching, never for choosing a number: a number is chosen by binding it. A socket that is bound
-but neither listening nor connected is not in the list (proc(5)).
+but neither listening nor connected is not in /proc (proc(5)); sock_diag(7) has those since Linux 6.8.
 """
 
 from __future__ import annotations
 
 import _socket
 import os
-import struct
 import sys
+from _struct import Struct, pack  # what struct has them from
+
+from portexec.errors import is_shortage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 # include/net/tcp_states.h
 _ESTABLISHED = 1
 _SYN_RECV = 3
 TIME_WAIT = 6
+_CLOSE_WAIT = 8
 LISTEN = 10
+_NEW_SYN_RECV = 12
+_CLOSE = 7  # the state of sockets that are merely bound
+_BOUND_INACTIVE = 13  # the state by which they are asked for
 
-_NETLINK_HEADER = struct.Struct("=IHHII")  # length, kind, flags, sequence number, port id
-_DIAG_REQUEST = struct.Struct("=BBBBI48s")  # family, protocol, extensions, padding, states, struct inet_diag_sockid
-_DIAG_INODE = 68  # of the u32 idiag_inode in struct inet_diag_msg
+_NETLINK_HEADER = Struct("=IHHII")  # length, kind, flags, sequence number, port id
+_DIAG_REQUEST = Struct("=BBBBI48s")  # family, protocol, extensions, padding, states, struct inet_diag_sockid
+_OLD_DIAG_REQUEST = Struct("=4x48sI4x")  # of both families at once: no address, struct inet_diag_sockid, states
+_DIAG_CLIENT_PORT = slice(6, 8)
+_DIAG_SERVER = slice(8, 12)  # of IPv4
+_DIAG_CLIENT = slice(24, 28)
+_DIAG_UNREAD = slice(56, 60)  # idiag_rqueue
+_INFO = 2  # INET_DIAG_INFO, a struct tcp_info
+_TCP_INFO_RECEIVED = slice(128, 136)  # tcpi_bytes_received
+_DIAG_UID = 64  # of the u32 idiag_uid in struct inet_diag_msg
+_DIAG_INODE = 68  # and of idiag_inode
 _NETLINK_SOCK_DIAG = 4
+_TCPDIAG_GETSOCK = 18
 _SOCK_DIAG_BY_FAMILY = 20
 _REQUEST = 0x1
 _DUMP = 0x300
 _NETLINK_ERROR = 2
 _NETLINK_DONE = 3
-_ATTRIBUTE = struct.Struct("=HH")
+_ATTRIBUTE = Struct("=HH")
 _SKV6ONLY = 11  # INET_DIAG_SKV6ONLY
 _SHOW_PEER = 4  # UDIAG_SHOW_PEER
 _UNIX_DIAG_SIZE = 16
@@ -38,24 +53,30 @@ _UNIX_PEER = 2  # UNIX_DIAG_PEER
 _UNIX_SHUTDOWN = 6  # UNIX_DIAG_SHUTDOWN
 _SHUT_BOTH = b"\3"
 _ANY_STATE = 0xFFFFFFFF
+_ANY_PORT = 0
 _NO_COOKIE = b"\xff" * 8
+_OURS_AMONG = 5  # the first words of a command line, one of which is portexec: `python -I -m portexec`
+_WIDEST = 60
+# LOOPBACK_IFINDEX, net/net_namespace.h: connections within a machine use it; a socket that is bound to it is found only by it.
+_LOOPBACK_DEVICE = pack("=I", 1)
 _FAMILIES = {4: _socket.AF_INET, 16: _socket.AF_INET6}
 
 
 class TcpSocket:
-    """One row: its local address as bytes in network order, its port, state and inode (0 when no process holds it).
+    """One row: its local address as bytes in network order, port, state, inode (0 when no process holds it), and user.
 
-    `is_ipv6_only`: it does not serve the other family; /proc does not tell, and there nothing is taken for serving both.
+    `is_ipv6_only`: it does not serve both families. /proc does not tell that: no socket from there counts as serving both.
     """
 
-    __slots__ = ("address", "inode", "is_ipv6_only", "port", "state")
+    __slots__ = ("address", "inode", "is_ipv6_only", "port", "state", "uid")
 
-    def __init__(self, address: bytes, port: int, state: int, inode: int, *, is_ipv6_only: bool = True) -> None:
+    def __init__(self, address: bytes, port: int, state: int, inode: int, uid: int, *, is_ipv6_only: bool = True) -> None:
         self.is_ipv6_only = is_ipv6_only
         self.address = address
         self.port = port
         self.state = state
         self.inode = inode
+        self.uid = uid
 
     @property
     def host(self) -> str:
@@ -72,30 +93,46 @@ def sockets_on(port: int) -> list[TcpSocket]:
 
 
 def listening_inodes(port: int) -> set[int]:
-    """The inodes of the sockets that listen on this number, in this network namespace."""
+    """The inodes of the sockets that listen on this number, in this network namespace. Raises OSError as `listening_hosts`."""
     return {socket.inode for socket in _listening(port)}
 
 
 def listeners_on(port: int) -> dict[int, str]:
-    """The inode and the address, as in `listening_hosts`, of each socket that listens on this number."""
-    return {socket.inode: socket.host for socket in _listening(port)}
+    """The inode and the address, as in `listening_hosts`, of each socket that listens on this number, as far as can be seen."""
+    try:
+        return {socket.inode: socket.host for socket in _listening(port)}
+    except OSError:
+        return {}
 
 
 def listening_hosts(port: int) -> list[str]:
-    """The addresses at which somebody listens on this number, `*` for both families."""
+    """The addresses at which somebody listens on this number, `*` for both families.
+
+    Raises OSError where there is no descriptor or no memory to look with: that says nothing about who listens.
+    """
     return [socket.host for socket in _listening(port)]
 
 
-def accepted_inode(server: tuple[str, int], client: tuple[str, int]) -> int | None:
-    """The inode of the server's end of a connection on this machine, 0 if it is closed again; None until it was accepted.
+def listened_on_by(pids: Iterable[int]) -> dict[int, str]:
+    """The numbers on which one of these processes listens, each with an address; none where that cannot be seen."""
+    try:
+        listening = _listening(_ANY_PORT)
+    except OSError:
+        return {}
+    ours = {inode for pid in pids for _, inode in _sockets_of(pid)}
+    return {socket.port: socket.host for socket in listening if socket.inode in ours}
 
-    Until then the kernel shows it with inode 0. Raises OSError where sock_diag(7) is refused or not built in.
+
+def accepted_inode(server: tuple[str, int], client: tuple[str, int]) -> int | None:
+    """The inode of the server's end of a connection on this machine, 0 if that end is closed; None until it was accepted.
+
+    Until then the kernel shows that end with inode 0. Raises OSError where sock_diag(7) is refused or not built in.
     """
     family = _socket.AF_INET6 if ":" in server[0] else _socket.AF_INET
     numbers = server[1].to_bytes(2, "big") + client[1].to_bytes(2, "big")
     addresses = b"".join(_socket.inet_pton(family, host).ljust(16, b"\0") for host in (server[0], client[0]))
     try:
-        found = list(_ask(family, _REQUEST, _ANY_STATE, numbers + addresses + bytes(4) + _NO_COOKIE))
+        found = list(_ask(family, _REQUEST, _ANY_STATE, numbers + addresses + _LOOPBACK_DEVICE + _NO_COOKIE))
     except FileNotFoundError:
         found = []
     for socket in found:
@@ -106,12 +143,36 @@ def accepted_inode(server: tuple[str, int], client: tuple[str, int]) -> int | No
     return 0
 
 
+def connections_to(host: str, port: int) -> dict[bytes, bool]:
+    """The connections to this IPv4 address, by their clients, and of each whether it was read.
+
+    A connection was read if it was accepted, if something has come, and if all of that was read. Raises OSError where
+    sock_diag(7) is refused or not built in.
+    """
+    states = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT | 1 << _NEW_SYN_RECV
+    identity = port.to_bytes(2, "big") + bytes(46)
+    request = _DIAG_REQUEST.pack(_socket.AF_INET, _socket.IPPROTO_TCP, 1 << _INFO - 1, 0, states, identity)
+    address = _socket.inet_aton(host)
+    return {
+        message[_DIAG_CLIENT_PORT] + message[_DIAG_CLIENT]: _was_read(message)
+        for message in _exchange(request, _REQUEST | _DUMP)
+        if message[_DIAG_SERVER] == address
+    }
+
+
+def _was_read(message: bytes) -> bool:
+    """Whether a struct inet_diag_msg is of a connection that was accepted, on which something came, and all that was read."""
+    unread, inode = message[_DIAG_UNREAD], message[_DIAG_INODE : _DIAG_INODE + 4]
+    received = _attribute(message[_DIAG_INODE + 4 :], _INFO)[_TCP_INFO_RECEIVED]
+    return any(inode) and not any(unread) and any(received)
+
+
 def accepted_unix_inode(client: int) -> int | None:
-    """The inode of the other end of a unix connection, given that of ours; None until it was accepted, 0 if nobody knows.
+    """The inode of the other end of a unix connection, given that of ours; None until it was accepted, 0 if it is closed.
 
     linux/unix_diag.h: struct unix_diag_req and _msg, asked for the peer. Raises OSError where sock_diag(7) has no unix sockets.
     """
-    request = struct.pack("=BBHIII", _socket.AF_UNIX, 0, 0, _ANY_STATE, client, _SHOW_PEER) + _NO_COOKIE
+    request = pack("=BBHIII", _socket.AF_UNIX, 0, 0, _ANY_STATE, client, _SHOW_PEER) + _NO_COOKIE
     for message in _exchange(request, _REQUEST):
         attributes = message[_UNIX_DIAG_SIZE:]
         is_closed = _attribute(attributes, _UNIX_SHUTDOWN) == _SHUT_BOTH
@@ -120,7 +181,7 @@ def accepted_unix_inode(client: int) -> int | None:
 
 
 def accepted_inode_in_proc(server: tuple[str, int], client: tuple[str, int]) -> int | None:
-    """As `accepted_inode`, from /proc, where it is told for every connection of this number."""
+    """As `accepted_inode`, but from /proc, which lists every TCP socket of this network namespace."""
     for name in ("tcp", "tcp6"):
         for socket in _rows(name, server[1], peer=client[1]):
             if socket.state in (_ESTABLISHED, _SYN_RECV):
@@ -139,15 +200,17 @@ def unix_backlog(path: str) -> int:
 
 
 def _listening(port: int) -> list[TcpSocket]:
-    """Asked of sock_diag(7), which looks at listening sockets only; where that is refused or not built in, of /proc."""
-    identity = port.to_bytes(2, "big") + bytes(46)
+    """The sockets that listen on a number, or on any. We ask sock_diag(7), which looks at listening sockets only.
+
+    Where it is refused or not built in, we read /proc, which tells of one number. Raises OSError where there is no descriptor
+    or no memory to ask with.
+    """
+    request = _OLD_DIAG_REQUEST.pack(port.to_bytes(2, "big"), 1 << LISTEN)
     try:
-        return [
-            socket
-            for family in (_socket.AF_INET, _socket.AF_INET6)
-            for socket in _ask(family, _REQUEST | _DUMP, 1 << LISTEN, identity)
-        ]
-    except OSError:
+        return list(map(_from_diag, _exchange(request, _REQUEST | _DUMP, _TCPDIAG_GETSOCK)))
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return [socket for socket in sockets_on(port) if socket.state == LISTEN]
 
 
@@ -157,9 +220,9 @@ def _ask(family: int, flags: int, states: int, identity: bytes) -> Iterator[TcpS
     return map(_from_diag, _exchange(request, flags))
 
 
-def _exchange(request: bytes, flags: int) -> Iterator[bytes]:
+def _exchange(request: bytes, flags: int, kind: int = _SOCK_DIAG_BY_FAMILY) -> Iterator[bytes]:
     """Ask the kernel over netlink(7), linux/netlink.h and linux/sock_diag.h; yield the bodies of the answers."""
-    header = _NETLINK_HEADER.pack(_NETLINK_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, flags, 1, 0)
+    header = _NETLINK_HEADER.pack(_NETLINK_HEADER.size + len(request), kind, flags, 1, 0)
     socket = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
     try:
         socket.send(header + request)
@@ -167,10 +230,10 @@ def _exchange(request: bytes, flags: int) -> Iterator[bytes]:
             answer = socket.recv(1 << 16)
             at = 0
             while at + _NETLINK_HEADER.size <= len(answer):
-                length, kind, *_ = _NETLINK_HEADER.unpack_from(answer, at)
-                if kind == _NETLINK_DONE:
+                length, found, *_ = _NETLINK_HEADER.unpack_from(answer, at)
+                if found == _NETLINK_DONE:
                     return
-                if kind == _NETLINK_ERROR:
+                if found == _NETLINK_ERROR:
                     code = -int.from_bytes(answer[at + 16 : at + 20], sys.byteorder, signed=True)
                     raise OSError(code, os.strerror(code))
                 yield answer[at + _NETLINK_HEADER.size : at + length]
@@ -186,7 +249,9 @@ def _from_diag(message: bytes) -> TcpSocket:
     size = 4 if message[0] == _socket.AF_INET else 16
     inode = int.from_bytes(message[_DIAG_INODE : _DIAG_INODE + 4], sys.byteorder)
     is_ipv6_only = size == 4 or _attribute(message[_DIAG_INODE + 4 :], _SKV6ONLY) != b"\0"
-    return TcpSocket(message[8 : 8 + size], int.from_bytes(message[4:6], "big"), message[1], inode, is_ipv6_only=is_ipv6_only)
+    uid = int.from_bytes(message[_DIAG_UID : _DIAG_UID + 4], sys.byteorder)
+    port = int.from_bytes(message[4:6], "big")
+    return TcpSocket(message[8 : 8 + size], port, message[1], inode, uid, is_ipv6_only=is_ipv6_only)
 
 
 def _attribute(attributes: bytes, wanted: int) -> bytes:
@@ -211,7 +276,7 @@ def _rows(name: str, port: int, peer: int | None = None) -> Iterator[TcpSocket]:
                 fields = line.split(None, 10)
                 if fields[1].endswith(wanted) and fields[2].endswith(remote):
                     address = _address(fields[1].partition(b":")[0])
-                    yield TcpSocket(address, port, int(fields[3], 16), int(fields[9]))
+                    yield TcpSocket(address, port, int(fields[3], 16), int(fields[9]), int(fields[7]))
     except OSError:
         return
 
@@ -226,42 +291,46 @@ def _address(text: bytes) -> bytes:
 
 def process_of(inode: int) -> tuple[int, str] | None:
     """Pid and name of a process that has the socket open, or None where /proc does not tell."""
-    found = descriptor_of(inode)
-    return None if found is None else (found[0], name_of(found[0]))
+    for pid, _ in descriptors_of([inode]).values():
+        return pid, name_of(pid)
+    return None
 
 
-def descriptor_of(inode: int) -> tuple[int, int] | None:
-    """Pid and descriptor of a process that has the socket open, or None where /proc does not tell."""
+def descriptors_of(inodes: Collection[int]) -> dict[int, tuple[int, int]]:
+    """Where each of these sockets is open: a pid and the descriptor there. Sockets that /proc does not show are left out."""
+    found: dict[int, tuple[int, int]] = {}
     try:
         pids = sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
     except OSError:
-        return None
+        return found
     for pid in pids:
-        fd = _descriptor(pid, inode)
-        if fd is not None:
-            return pid, fd
-    return None
+        for fd, inode in _sockets_of(pid):
+            if inode in inodes:
+                found.setdefault(inode, (pid, fd))
+        if len(found) == len(inodes):
+            break
+    return found
 
 
 def has_open(pids: Iterable[int], inode: int) -> bool:
     """Whether one of these processes has the socket open."""
-    return any(_descriptor(pid, inode) is not None for pid in pids)
+    return any(one == inode for pid in pids for _, one in _sockets_of(pid))
 
 
-def _descriptor(pid: int, inode: int) -> int | None:
-    wanted = f"socket:[{inode}]"
+def _sockets_of(pid: int) -> Iterator[tuple[int, int]]:
+    """The descriptor and the inode of each socket that a process has open; none where /proc does not tell."""
     directory = f"/proc/{pid}/fd"
     try:
         descriptors = os.listdir(directory)
     except OSError:
-        return None
+        return
     for descriptor in descriptors:
         try:
-            if os.readlink(f"{directory}/{descriptor}") == wanted:
-                return int(descriptor)
+            kind, _, inode = os.readlink(f"{directory}/{descriptor}").partition(":")
         except OSError:
             continue
-    return None
+        if kind == "socket":
+            yield int(descriptor), int(inode[1:-1])
 
 
 def name_of(pid: int) -> str:
@@ -274,14 +343,49 @@ def name_of(pid: int) -> str:
 
 
 def who_has(port: int) -> str:
-    """Say in a few words who keeps the number from us, as far as /proc tells: `pid 4711, node`; else an empty text."""
-    sockets = sockets_on(port)
-    for socket in sorted(sockets, key=lambda s: s.state != LISTEN):
+    """Say in a few words who keeps the number from us, as far as the kernel tells: `pid 4711, node`; else an empty text."""
+    sockets = sorted(sockets_on(port), key=lambda socket: socket.state != LISTEN) + _merely_bound(port)
+    for socket in sockets:
         owner = process_of(socket.inode) if socket.inode else None
         if owner is not None:
-            return f"pid {owner[0]}, {owner[1]}"
-    if any(socket.state == LISTEN for socket in sockets):
-        return "a process that /proc does not show to you"
+            return f"pid {owner[0]}, {_words_of_portexec(owner[0]) or owner[1]}"
+    holder = next((socket for socket in sockets if socket.state in (LISTEN, _CLOSE)), None)
+    if holder is not None:
+        return f"a process {_of_user(holder.uid)}that /proc does not show to you"
     if any(socket.state == TIME_WAIT for socket in sockets):
         return "old connections in TIME_WAIT, for up to a minute"
     return ""
+
+
+def _merely_bound(port: int) -> list[TcpSocket]:
+    """The sockets that keep a number and do not listen, as guards do. None where the kernel does not tell."""
+    identity = port.to_bytes(2, "big") + bytes(46)
+    found: list[TcpSocket] = []
+    for family in (_socket.AF_INET6, _socket.AF_INET):
+        try:
+            found += _ask(family, _REQUEST | _DUMP, 1 << _BOUND_INACTIVE, identity)
+        except OSError:
+            pass
+    return [socket for socket in found if socket.port == port and socket.state == _CLOSE]
+
+
+def _words_of_portexec(pid: int) -> str:
+    """The command line of a portexec, which says more than its name; empty for all other processes."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = os.fsdecode(file.read()).rstrip("\0").split("\0")
+    except OSError:
+        return ""
+    at = next((place for place, word in enumerate(words[:_OURS_AMONG]) if os.path.basename(word) == "portexec"), None)
+    text = "" if at is None else " ".join(["portexec", *words[at + 1 :]])
+    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}..."
+
+
+def _of_user(uid: int) -> str:
+    """`of user alice `; empty for our own, and where nobody knows the name."""
+    import pwd
+
+    try:
+        return "" if uid == os.geteuid() else f"of user {pwd.getpwuid(uid).pw_name} "
+    except KeyError:
+        return ""

@@ -1,15 +1,17 @@
 """Unix sockets: listen on a path without stealing a live one, also when several launches want it at once.
 
-The socket is bound under its own path, not under a temporary one that is renamed, since getsockname(2) keeps the name for
-good and socket-activation clients compare it (sd_is_socket_unix(3)). bind(2) gives a path that is free to exactly one launch,
-and who has it is alive from that moment on, listening or not: `_is_dead` can tell. So a lock is needed for one thing only,
-the removal of a dead socket, in which two launches could look at the dead one, the first remove it and bind, and the second
-remove the first one's fresh socket.
+The socket is bound under its own path, not under a temporary one that is renamed: getsockname(2) keeps the first name for
+good, and socket-activation clients compare it (sd_is_socket_unix(3)). bind(2) gives a free path to exactly one launch. From
+that moment on the socket is alive, listening or not: `_is_dead` can tell.
 
-The lock is a file beside the socket that nobody else can open (0600, ours), so that nobody else can hold it; an abstract name
-or a lock on the directory could be held by anybody. Where somebody else has put something in its place, or a launch of ours
-was stopped with it, the removal goes without: it renames first, looks at what it has got, and puts back what is not the dead
-one. Without the lock a fresh socket is lost only if, in that moment, a third launch binds the path.
+So a lock is needed for one thing only, the removal of a dead socket. Two launches could both look at the dead one. The first
+would remove it and bind. The second would then remove the first one's fresh socket.
+
+The lock is a file beside the socket that nobody else can open (0600, ours), so that nobody else can hold it. An abstract name,
+or a lock on the directory, could be held by anybody. Somebody else may have put another file in the place of the lock, and a
+launch of ours may have been stopped while it held the lock. Then the removal does without the lock: it renames first, looks at
+what it has renamed, and puts back what is not the dead socket. A fresh socket is lost then only if a third launch binds the
+path in that moment.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from portexec.command.undo import Undo, file_at
 from portexec.errors import ListenError
 from portexec.kernel import ENDING_SIGNALS
 
-_TRIES = 400  # to bind, while other launches do and end
-_PATIENT_TRIES = 200  # in which the lock may be somebody else's, who needs it for less than one pause
+_TRIES = 400  # to bind, while other launches bind and end
+_PATIENT_TRIES = 200  # in which another launch may hold the lock, which it needs for less than one pause
 _PAUSE = 0.005  # seconds
+_EVERYTHING = 0o777
 
 
-def listen(socket: _socket.socket, path: str, backlog: int, undo: Undo) -> None:
-    """Bind and listen on a path, or on an abstract name for `@NAME`. Access is what the umask leaves.
+def listen(socket: _socket.socket, path: str, backlog: int, mode: int | None, undo: Undo) -> None:
+    """Bind and listen on a path, or on an abstract name for `@NAME`. Without a mode, access is what the umask leaves.
 
     A file that was made is recorded in `undo`.
     Raises ListenError when something that is alive, or is no socket, is in the way; OSError for the rest.
@@ -41,16 +44,16 @@ def listen(socket: _socket.socket, path: str, backlog: int, undo: Undo) -> None:
         socket.listen(backlog)
         return
     for tries in range(_TRIES):
-        mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, ENDING_SIGNALS)  # while there may be a file of which nobody knows
+        mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, ENDING_SIGNALS)  # while there may be a file that is not in `undo`
         try:
-            if _is_bound(socket, path, backlog, undo):
+            if _try_to_bind(socket, path, backlog, mode, undo):
                 return
-            is_clear = _is_way_clear(path, is_patient=tries < _PATIENT_TRIES)
+            is_clear = _clear_way(path, is_patient=tries < _PATIENT_TRIES)
         finally:
             _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
         if not is_clear:
             time.sleep(_PAUSE)
-    raise ListenError(f"cannot listen on unix:{path}: other launches are at it", "try again")
+    raise ListenError(f"cannot listen on unix:{path}: other launches bind and remove it all the time", "try again")
 
 
 def address(name: str) -> str:
@@ -58,10 +61,10 @@ def address(name: str) -> str:
     return f"\0{name[1:]}" if name.startswith("@") else name
 
 
-def _is_bound(socket: _socket.socket, path: str, backlog: int, undo: Undo) -> bool:
+def _try_to_bind(socket: _socket.socket, path: str, backlog: int, mode: int | None, undo: Undo) -> bool:
     """Bind and listen on a path that is free; False if it is not."""
     try:
-        socket.bind(path)
+        _bind(socket, path, mode)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -71,14 +74,26 @@ def _is_bound(socket: _socket.socket, path: str, backlog: int, undo: Undo) -> bo
         if made is not None:
             undo.record_socket(path, *made)
     except MemoryError:
-        os.unlink(path)  # of which nobody knows
+        os.unlink(path)  # since `undo` does not know it
         raise
     socket.listen(backlog)
     return True
 
 
-def _is_way_clear(path: str, *, is_patient: bool) -> bool:
-    """Remove the dead socket that is in the way; False when another launch is at it. Raises ListenError if another thing is."""
+def _bind(socket: _socket.socket, path: str, mode: int | None) -> None:
+    """Bind with this mode from the first moment on: a chmod(2) after it would come too late, and follow a link."""
+    if mode is None:
+        socket.bind(path)
+        return
+    umask = os.umask(_EVERYTHING & ~mode)
+    try:
+        socket.bind(path)
+    finally:
+        os.umask(umask)
+
+
+def _clear_way(path: str, *, is_patient: bool) -> bool:
+    """Remove the dead socket that is in the way; False while another launch does. Raises ListenError if it is not dead."""
     if _dead_at(path) is None:
         return True
     lock, is_busy = _take_lock(path)
@@ -115,8 +130,8 @@ def _dead_at(path: str) -> tuple[int, int] | None:
 def _is_dead(path: str) -> bool:
     """Whether no process has the socket at this path.
 
-    Asked by a datagram socket, the kernel looks whether there is a socket before it looks at the kind, and answers EPROTOTYPE
-    for one that is bound and does not listen yet. A stream socket asks again, for systems that play Linux.
+    We ask with a datagram socket. The kernel looks whether there is a socket before it looks at the kind. So it answers
+    EPROTOTYPE for a living socket, even if that does not listen yet. A stream socket asks again, for imitations of Linux.
     """
     return all(_refuses(path, kind) for kind in (_socket.SOCK_DGRAM, _socket.SOCK_STREAM))
 
@@ -127,7 +142,7 @@ def _refuses(path: str, kind: int) -> bool:
         probe.setblocking(False)
         probe.connect(path)
     except OSError as error:
-        # Anything else (a full backlog, another kind of socket, no permission) is a living owner. Gone: see what is there now.
+        # Any other error (a full backlog, another kind of socket, no permission) means a living owner. ENOENT: it has gone.
         return error.errno in (errno.ECONNREFUSED, errno.ENOENT)
     finally:
         probe.close()
@@ -152,11 +167,11 @@ def _put_back(aside: str, path: str) -> None:
     except FileExistsError:
         pass  # it has a successor
     except OSError:
-        os.rename(aside, path)  # of another user, where no link can be made
+        os.rename(aside, path)  # it is another user's, and no link to it can be made
 
 
 def _take_lock(path: str) -> tuple[int | None, bool]:
-    """The lock file, locked, if it can be had; and whether that is because another launch has it."""
+    """The lock file, locked, None if it cannot be; and whether another launch has it."""
     import fcntl
 
     fd = _open_lock(path)
@@ -168,13 +183,13 @@ def _take_lock(path: str) -> tuple[int | None, bool]:
             return fd, False
         is_busy = True
     except OSError as error:
-        is_busy = error.errno in (errno.EWOULDBLOCK, errno.ENOENT)  # who had it removes it
+        is_busy = error.errno in (errno.EWOULDBLOCK, errno.ENOENT)  # the launch that had it has removed it
     os.close(fd)
     return None, is_busy
 
 
 def _open_lock(path: str) -> int | None:
-    """Open the lock file, or make it; None if it is not ours alone, as a link to something that others can open."""
+    """Open the lock file, or make it; None if it is not ours alone, such as a link to something that others can open."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(_beside(path, "lock"), flags, 0o600)
@@ -189,7 +204,7 @@ def _open_lock(path: str) -> int | None:
 
 
 def _remove_lock(path: str, fd: int) -> None:
-    """Remove the file while it is locked, so that who waits for it sees that it is nobody's any more."""
+    """Remove the file while it is locked, so that a launch that waits for the lock sees that it has gone."""
     try:
         os.unlink(_beside(path, "lock"))
     except OSError:
