@@ -1,7 +1,7 @@
 """The kernel's numbers that several modules need, and calls into the C library that Python does not offer.
 
 The calls go by way of `_ctypes`, the core of ctypes: the package around it takes longer to import than everything else that
-happens before the command starts. It is loaded at the first call, since a command that is merely executed needs none.
+happens before the command starts. It is loaded at the first call: where portexec becomes the command, there is none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 STDIN, STDOUT, STDERR = 0, 1, 2
-ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)  # that people and programs end us with
+ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)  # by which people and programs end us
+
+# The system calls that wait for clients, by machine and number.
+_X86_64 = {43: "accept", 288: "accept", 7: "poll", 271: "poll", 23: "select", 270: "select"}
+_X86_64 |= {232: "epoll", 281: "epoll", 441: "epoll", 426: "io_uring"}
+_AARCH64 = {202: "accept", 242: "accept", 73: "poll", 72: "select", 22: "epoll", 441: "epoll", 426: "io_uring"}
+WAITS = {"x86_64": _X86_64, "aarch64": _AARCH64}
 
 # prctl(2)
 PR_SET_PDEATHSIG = 1
@@ -41,7 +47,7 @@ def why_no_calls() -> str:
 def syscall(number: int, *arguments: int | bytes) -> int:
     """Make a system call; the result. Raises OSError.
 
-    Numbers are as wide as a register, as varargs leave rubbish in the upper halves of narrower ones.
+    Numbers are passed as wide as a register: varargs would leave rubbish in the upper half of narrower ones.
     """
     return _call("syscall", number, *arguments)
 
@@ -68,13 +74,12 @@ def listen(fd: int, backlog: int) -> None:
 
 
 def pointer_to(data: bytes) -> tuple[object, int]:
-    """A copy of the bytes in memory that stays where it is for as long as the first value lives, and its address."""
+    """The address of the bytes in memory, where they stay for as long as the first value lives."""
     import _ctypes
 
-    byte = type("_Byte", (_ctypes._SimpleCData,), {"_type_": "B"})
-    buffer_type = type("_Buffer", (_ctypes.Array,), {"_type_": byte, "_length_": len(data)})
-    buffer = buffer_type(*data)
-    return buffer, _ctypes.addressof(buffer)
+    pointer_type = type("_Pointer", (_ctypes._SimpleCData,), {"_type_": "z"})
+    pointer = pointer_type(data)
+    return pointer, int.from_bytes(pointer, sys.byteorder)
 
 
 def keep_only(keep: set[int]) -> None:
@@ -103,7 +108,7 @@ def die_by(number: int) -> None:
         _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [number])
     except (OSError, ValueError):
-        pass  # KILL, and those that the C library keeps for itself
+        pass  # KILL, and the signals that the C library keeps for itself
     os.kill(os.getpid(), number)
 
 
@@ -132,7 +137,7 @@ def _load() -> None:
 
     def checked(function: Function) -> Callable[..., int]:
         def call(*arguments: int | bytes) -> int:
-            result: int = function(*(a if isinstance(a, bytes) else Long(a) for a in arguments))
+            result: int = function(*[a if isinstance(a, bytes) else Long(a) for a in arguments])
             if result < 0:
                 code = _ctypes.get_errno()
                 raise OSError(code, os.strerror(code))

@@ -1,6 +1,6 @@
-"""Processes, as /proc shows them (proc(5)): who is below whom, who is about to end, where a shell is above us.
+"""Processes, as /proc shows them (proc(5)): which is below which, which is about to end, which shells are above us.
 
-Everything here is a look: a process can have ended, and its number can be another's, when the answer is read.
+Each answer may be out of date at once: the process may have ended, and its pid may be another's by now.
 """
 
 from __future__ import annotations
@@ -12,25 +12,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Set
 
 _PF_EXITING = 0x4  # of the flags in /proc/PID/stat, proc_pid_stat(5): set before a process closes its sockets
-_KILLED = 1 << 8  # SIGKILL, into which the kernel turns what is to end a process (complete_signal() in kernel/signal.c)
+_LISTINGS = 5  # the most listings of the processes below one, until two in a row are the same
+_KILLED = 1 << 8  # SIGKILL: the kernel turns each signal that ends a process into it (complete_signal() in kernel/signal.c)
 
 
 class Processes:
-    """One look at all processes: the children of each, those that have ended but are there, those that are stopped."""
+    """One look at all processes: the children of each, those that have ended but still have an entry, those that are stopped.
+
+    With a `root` it may be a look at the processes below the root only, which costs less on a machine with many.
+    """
 
     __slots__ = ("children", "dead", "stopped")
 
-    def __init__(self) -> None:
+    def __init__(self, root: int = 0) -> None:
         self.children: dict[int, list[int]] = {}
         self.dead: set[int] = set()
         self.stopped: set[int] = set()
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                try:
-                    fields = _stat(f"/proc/{name}")
-                except OSError:
-                    continue
-                self._add(int(name), fields[0], int(fields[1]), threads=int(fields[17]))
+        listed = _listed_below(root) if root else None
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if listed is None else listed:
+            try:
+                fields = _stat(f"/proc/{pid}")
+            except OSError:
+                continue
+            self._add(pid, fields[0], int(fields[1]), threads=int(fields[17]))
 
     def _add(self, pid: int, state: bytes, parent: int, threads: int) -> None:
         self.children.setdefault(parent, []).append(pid)
@@ -40,13 +44,59 @@ class Processes:
             self.stopped.add(pid)
 
     def below(self, root: int, spare: Set[int] = frozenset()) -> set[int]:
-        """The living processes below this one, but for those of `spare` and what is below them."""
+        """The living processes below `root`, without those in `spare` and those below them."""
         return _below(root, self.children, spare) - self.dead
 
 
 def descendants(root: int) -> set[int]:
     """The pids of all living processes below `root`."""
-    return Processes().below(root)
+    return Processes(root).below(root)
+
+
+def is_below(pid: int, root: int) -> bool:
+    """Whether a process, alive or dead, descends from `root`. It looks at the processes between the two only."""
+    try:
+        while pid > 1:
+            pid = int(_stat(f"/proc/{pid}")[1])
+            if pid == root:
+                return True
+    except OSError:
+        pass  # it has gone, or cannot be seen
+    return False
+
+
+def started(pid: int) -> int:
+    """When a process was started, in the kernel's own unit; 0 if there is none. With the pid it identifies the process."""
+    try:
+        return int(_stat(f"/proc/{pid}")[19])
+    except OSError:
+        return 0
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped, as by Ctrl-Z."""
+    try:
+        return _stat(f"/proc/{pid}")[0] == b"T"
+    except OSError:
+        return False
+
+
+def is_told_by_terminal(pid: int, number: int) -> bool:
+    """Whether a process gets this signal when the terminal sends it to our process group, and does not ignore it."""
+    try:
+        is_ignored = int(_status(pid)[b"SigIgn"], 16) >> (number - 1) & 1
+        return os.getpgid(pid) == os.getpgrp() and not is_ignored
+    except (OSError, KeyError):
+        return False
+
+
+def credentials(pid: int) -> list[bytes]:
+    """The users and groups of a process: real, effective, saved, of files. Empty where it cannot be seen."""
+    try:
+        status = _status(pid)
+        return [status[b"Uid"], status[b"Gid"]]
+    except (OSError, KeyError):
+        return []
 
 
 def children() -> set[int]:
@@ -69,8 +119,13 @@ def is_ending(pid: int) -> bool:
     return False
 
 
+def is_any_ending(root: int) -> bool:
+    """Whether a process below `root` is about to end, or has ended and was not waited for."""
+    return any(map(is_ending, _below(root, Processes().children, frozenset())))
+
+
 def shells() -> set[int]:
-    """The processes of our session from which we descend, and its leader: who may pass on the hang-up of its terminal."""
+    """The leader of our session, and our ancestors in it: they may pass on the hang-up of its terminal."""
     session = os.getsid(0)
     found = {session}
     pid = os.getppid()
@@ -83,16 +138,63 @@ def shells() -> set[int]:
     return found
 
 
+def argument_area() -> tuple[int, int]:
+    """The addresses in this process' memory at which its command line, shown by /proc/PID/cmdline, begins and ends."""
+    fields = _stat("/proc/self")
+    return int(fields[45]), int(fields[46])
+
+
 def _stat(directory: str) -> list[bytes]:
-    """The fields of /proc/PID/stat from the state on. The one before, the name, is in parentheses and can hold anything."""
+    """The fields of /proc/PID/stat from the state on. The name before it is in parentheses, and can have any characters."""
     with open(f"{directory}/stat", "rb") as stat:
         return stat.read().rpartition(b")")[2].split()
+
+
+def _status(pid: int) -> dict[bytes, bytes]:
+    """The lines of /proc/PID/status by their names."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        lines = [line.partition(b":") for line in file.read().splitlines()]
+    return {name: value.strip() for name, _, value in lines}
+
+
+def _listed_below(root: int) -> set[int] | None:
+    """The pids below this process, from the kernel's lists of children; None without such lists, or if they keep changing.
+
+    A list can leave out a child while another one is waited for (proc_tid_children(5)). So two in a row have to be the same.
+    """
+    before: set[int] | None = None
+    try:
+        for _ in range(_LISTINGS):
+            found, level = set[int](), _listed_children(root)
+            while level:
+                found.update(level)
+                level = [child for pid in level for child in _listed_children(pid, is_root=False) if child not in found]
+            if found == before:
+                return found
+            before = found
+    except OSError:
+        pass  # a kernel without such lists, or the root has gone
+    return None
+
+
+def _listed_children(pid: int, *, is_root: bool = True) -> list[int]:
+    """The children of all threads of a process. Raises OSError for the root; a process below it may have ended."""
+    try:
+        children = list[int]()
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", "rb") as file:
+                children += map(int, file.read().split())
+    except OSError:
+        if is_root:
+            raise
+        return []
+    return children
 
 
 def _is_task_ending(task: str) -> bool:
     flags = int(_stat(task)[6])
     with open(f"{task}/status", "rb") as status:
-        _, is_told, rest = status.read().partition(b"\nSigPnd:")  # not everybody who plays Linux tells
+        _, is_told, rest = status.read().partition(b"\nSigPnd:")  # some imitations of Linux have no such line
     return bool(flags & _PF_EXITING or (is_told and int(rest.split()[0], 16) & _KILLED))
 
 

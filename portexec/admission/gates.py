@@ -1,14 +1,14 @@
 """Gates: a guard gives way to SO_REUSEADDR for one call of one thread, which the kernel makes by itself.
 
-That is all there is where we get no duplicate of the caller's socket. While a gate is open, anybody with SO_REUSEADDR can pass,
-so it opens for a TCP socket that goes for a number of ours only, and closes when the thread has left its call.
-Nobody tells when that is. /proc shows the call in which a thread sleeps. Otherwise a thread that has slept since, or has
-computed for a while, is not in a bind(2) any more, which does neither.
+A gate is for a socket of which we get no duplicate, or that is another user's. While a gate is open, anybody with SO_REUSEADDR
+can pass. So it opens only for a TCP socket that goes for a number of ours, and it closes when the thread has left its call. Who
+has passed with SO_REUSEPORT is in the kernel's cache, and could come again (see `binding.guard`). So a scrub follows.
+Nothing tells us when the thread has left. /proc shows the call in which a thread sleeps. Where /proc does not, there are two
+signs: a thread in bind(2) neither sleeps nor computes for long. A thread that has done one of them has left the call.
 """
 
 from __future__ import annotations
 
-import _socket
 import os
 import time
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from portexec.binding.guard import Guard
 
 PAUSE = 0.0005  # seconds between two looks at an open gate
-_LONGEST = 1.0  # seconds; by then a thread has left that shows nothing at all
-_WORK = 1_000_000  # nanoseconds that a thread computes in; bind(2) and listen(2) take a few thousand
+_LONGEST = 1.0  # seconds; after this a thread has left its call even if nothing of it can be seen
+_WORK = 1_000_000  # nanoseconds; a thread that has computed longer has left its call, which takes a few thousand
 _TCP = {"TCP", "TCPv6", "MPTCP", "MPTCPv6"}
 _RUNNING = "running"
 _LOOKS = 100  # at a thread that waits for us, until it sleeps
@@ -60,7 +60,7 @@ class Gate:
         return time.monotonic() > self._end
 
     def _is_heard(self) -> bool:
-        """Whether the socket listens that was to."""
+        """Whether the socket of a listen(2) listens by now."""
         if self.is_bind:
             return False
         listening = tables.listeners_on(self.guard.port)
@@ -77,25 +77,25 @@ class Gates:
         return bool(self._open)
 
     def open(self, guard: Guard, notification: Notification, inode: int, *, is_bind: bool) -> None:
-        """Open one, before the call goes on."""
+        """Open a gate, before the call goes on."""
         self._open.append(Gate(guard, notification, inode, is_bind=is_bind))
-        guard.set(_socket.SO_REUSEADDR, 1)
+        guard.give_way()
 
     def close_left(self, caller: int = 0) -> list[Gate]:
-        """Close those whose thread has left the call, as `caller` has, which makes another one. Returns them."""
+        """Close the gates whose thread has left its call, and return them. `caller` has left: it makes another call now."""
         left = [gate for gate in self._open if gate.thread == caller or gate.has_left()]
         self._close(left)
         return left
 
     def close_all(self) -> None:
-        """Close them, whoever waits."""
+        """Close all gates, also those whose call goes on."""
         self._close(list(self._open))
 
     def _close(self, gates: Iterable[Gate]) -> None:
         for gate in gates:
             self._open.remove(gate)
             if all(other.guard is not gate.guard for other in self._open):
-                gate.guard.set(_socket.SO_REUSEADDR, 0)
+                gate.guard.give_way_no_more()
 
 
 def is_tcp(thread: int, fd: int) -> bool | None:
@@ -118,7 +118,7 @@ def inode_of(thread: int, fd: int) -> int:
 
 
 def is_in_our_network(thread: int) -> bool:
-    """Whether a thread is in our network namespace; so it is where we may not look. In another one the number is another's."""
+    """Whether a thread is in our network namespace, true where we may not look. In another one the number is not ours."""
     try:
         return os.stat(f"/proc/{thread}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
     except OSError:
@@ -160,7 +160,7 @@ def _sleeps_of(thread: int, *, is_asleep: bool = False) -> int:
 
 
 def _work_of(thread: int) -> int:
-    """For how many nanoseconds a thread has run; where /proc hides it, its process."""
+    """For how many nanoseconds a thread has run; where /proc hides that, for how many its process has."""
     text = _read(thread, "schedstat")
     if text:
         return int(text.split()[0])

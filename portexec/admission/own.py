@@ -1,6 +1,6 @@
-"""The command's own sockets on one number: which they are, and where each can be had again.
+"""The command's own sockets on one number: which they are, and where a duplicate of each can be got.
 
-We keep no duplicates, which would keep a listener alive that the command has closed.
+We keep no duplicate: it would keep a listener alive that the command has closed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import _socket
 import os
 
-from portexec.admission import seccomp
+from portexec.admission.gates import inode_of
 from portexec.binding import tables
 from portexec.binding.guard import overlap
 
@@ -16,20 +16,24 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_FEW = 32  # sockets that nobody has to look after
+    from portexec.admission.seccomp import Threads
+
+_FEW = 32  # sockets; only when there are more, those that are closed are sorted out
+NOWHERE = -1  # in place of a descriptor
 
 
 class Own:
-    """Those of one number, by inode."""
+    """The command's sockets on one number, by inode."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, threads: Threads) -> None:
         self.port = port
+        self._threads = threads
         self._seen: dict[int, _Seen] = {}
         self._limit = _FEW
-        self._hidden: set[int] = set()  # descriptors of sockets that nobody showed us
+        self._hidden: set[int] = set()  # descriptors of sockets whose inode we may not see
 
     def add(self, inode: int, thread: int, fd: int, host: str, *, shares: bool) -> None:
-        """Take up one that was bound by this thread, under this descriptor. `shares`: it has SO_REUSEPORT by itself."""
+        """Add a socket that this thread bound, under this descriptor. `shares`: it has SO_REUSEPORT by itself."""
         self._seen[inode] = _Seen(thread, fd, host, shares)
         if len(self._seen) > self._limit:
             _close(self.duplicates())
@@ -37,59 +41,77 @@ class Own:
             self._limit = max(_FEW, 2 * len(self._seen))
 
     def add_hidden(self, fd: int) -> None:
-        """Take up one of which only the descriptor is known."""
+        """Add a socket of which only the descriptor is known."""
         self._hidden.add(fd)
 
     def has(self, inode: int, fd: int) -> bool:
         """Whether this is one of them. An inode of 0 is not known."""
         return inode in self._seen if inode else fd in self._hidden
 
-    def duplicates(self, but: int = 0, *, is_thorough: bool = False) -> list[_socket.socket]:
-        """Those that can be had, without one inode; to be closed soon.
+    def place(self, inode: int, thread: int, fd: int) -> None:
+        """Learn which socket is at this place now: a socket that was seen there before is there no more."""
+        for other, seen in self._seen.items():
+            if other != inode and seen.fd == fd and seen.thread == thread:
+                seen.fd = NOWHERE
 
-        One that is where it was seen no more is closed, or somebody else has it. `is_thorough`: look for it in all processes.
-        That is always done for one that shares, since a later socket could join it unasked.
+    def duplicates(self, but: int = 0, *, is_thorough: bool = False) -> list[_socket.socket]:
+        """Duplicates of those that can be had, without the inode `but`. The caller closes them soon.
+
+        A socket that is not where it was seen is closed, or another process has it. `is_thorough`: look in all processes.
+        For a socket that shares we always look there, since a later socket could join it unasked.
         """
         found = []
         for inode, seen in list(self._seen.items()):
             if inode == but:
                 continue
-            socket = _have(seen, inode)
+            socket = self._have(inode, seen)
             if socket is None and (is_thorough or seen.shares):
                 socket = self._look_for(inode, seen)
-            seen.is_lost = socket is None
+            seen.is_lost = socket is None and not seen.is_there(inode)
             if socket is not None:
                 found.append(socket)
         return found
 
     def _look_for(self, inode: int, seen: _Seen) -> _socket.socket | None:
-        place = tables.descriptor_of(inode)
+        place = tables.descriptors_of([inode]).get(inode)
         if place is not None:
             seen.thread, seen.fd = place
-            return _have(seen, inode)
+            return self._have(inode, seen)
         if inode not in tables.listeners_on(self.port):
             del self._seen[inode]
         return None
 
-    def joins(self, socket: _socket.socket, host: str, *, is_tidy: bool) -> bool:
-        """Whether the flip would let a socket that does not share join a listener that does; if not tidy, any listener.
+    def _have(self, inode: int, seen: _Seen) -> _socket.socket | None:
+        if seen.fd == NOWHERE:
+            return None
+        try:
+            duplicate = self._threads.duplicate(seen.thread, seen.fd)
+        except OSError:
+            return None
+        if os.fstat(duplicate).st_ino == inode:
+            return _socket.socket(-1, -1, -1, duplicate)
+        os.close(duplicate)
+        return None
 
-        The kernel would refuse that without us, and afterwards they would share the clients in silence.
+    def joins(self, socket: _socket.socket, inode: int, host: str, *, is_tidy: bool) -> bool:
+        """Whether the flip would let this socket join a listener that shares, or, if the guard is not tidy, any listener.
+
+        Without the flip the kernel would refuse that. After it the two would share the clients in silence. A socket that
+        shares by itself may join.
         """
         if socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEPORT):
             return False
-        own = os.fstat(socket.fileno()).st_ino
         suspects = {
-            inode
-            for inode, seen in self._seen.items()
-            if (seen.shares or not is_tidy) and inode != own and overlap(host, seen.host)
+            other
+            for other, seen in self._seen.items()
+            if (seen.shares or not is_tidy) and other != inode and overlap(host, seen.host)
         }
         return bool(suspects) and not suspects.isdisjoint(tables.listeners_on(self.port))
 
     def strangers(self, listening: Iterable[int], but: int = 0) -> set[int]:
-        """Those among the inodes that listen that are neither the command's nor this one.
+        """The inodes in `listening` that are neither the command's nor `but`.
 
-        A socket of the command that could not be had, and does not listen, is gone.
+        A socket of the command that could not be had, and that does not listen, is gone, and is forgotten.
         """
         alive = {*listening}
         self._seen = {inode: seen for inode, seen in self._seen.items() if inode in alive or not seen.is_lost}
@@ -131,16 +153,9 @@ class _Seen:
         self.shares = shares
         self.is_lost = False  # it could not be had: it is closed, or somebody else has it
 
-
-def _have(seen: _Seen, inode: int) -> _socket.socket | None:
-    try:
-        duplicate = seccomp.duplicate(seen.thread, seen.fd)
-    except OSError:
-        return None
-    if os.fstat(duplicate).st_ino == inode:
-        return _socket.socket(-1, -1, -1, duplicate)
-    os.close(duplicate)
-    return None
+    def is_there(self, inode: int) -> bool:
+        """Whether the socket is still where it was seen. A gated socket may be, though we get no duplicate of it."""
+        return self.fd != NOWHERE and inode_of(self.thread, self.fd) == inode
 
 
 def _close(sockets: Iterable[_socket.socket]) -> None:

@@ -1,32 +1,49 @@
-"""Programs that gain privileges when they are executed, and would not under no-new-privileges (prctl(2))."""
+"""Programs that gain privileges when they are executed, which no-new-privileges prevents (prctl(2))."""
 
 from __future__ import annotations
 
 import os
 import stat
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_GAINS_RIGHTS = frozenset({"sudo", "doas", "su", "pkexec"})
 _CAP_SYS_ADMIN = 1 << 21
 
 
 def lost_by(file: str) -> str:
     """Why a program would lack privileges under hand-off `guard`, empty if it would not.
 
-    The kernel lets CAP_SYS_ADMIN install a filter without no-new-privileges, which root may lack and others may have; for
-    anybody else set-uid, set-gid and file capabilities have no effect below it. Where it is set already, nothing is lost.
+    The kernel lets a process with CAP_SYS_ADMIN install a filter without no-new-privileges; root may lack that capability, and
+    others may have it. For anybody else, set-uid, set-gid and file capabilities have no effect below the filter. Where
+    no-new-privileges is set already, nothing is lost.
     """
-    if is_set() or may_do_without():
+    right = _right_of(file)
+    if not right or is_set() or may_do_without():
         return ""
+    return f"no-new-privileges would take its rights from {file}, which {right}"
+
+
+def _right_of(file: str) -> str:
+    """What gives a program rights that its user lacks, in words that follow `which`; empty where nothing does."""
     try:
-        mode = os.stat(file).st_mode
-    except OSError:
-        return ""
-    if mode & (stat.S_ISUID | stat.S_ISGID):
-        return f"no-new-privileges would take its rights from {file}, which is set-uid or set-gid"
-    try:
+        if os.stat(file).st_mode & (stat.S_ISUID | stat.S_ISGID):
+            return "is set-uid or set-gid"
         os.getxattr(file, "security.capability")
     except OSError:
         return ""
-    return f"no-new-privileges would take its rights from {file}, which has file capabilities"
+    return "has file capabilities"
+
+
+def advice(words: Sequence[str]) -> str:
+    """Advice about a command that calls sudo somewhere in its words; empty where sudo works, or is not in its words."""
+    names = {word.rpartition("/")[2] for text in words for word in text.split()}
+    used = sorted(names & _GAINS_RIGHTS)
+    if not used or is_set() or may_do_without():
+        return ""
+    return f"{used[0]} has no effect below hand-off guard (no-new-privileges): use -H hold, or portexec below {used[0]}"
 
 
 def is_set() -> bool:
@@ -41,7 +58,7 @@ def may_do_without() -> bool:
 
 
 def _status(field: str) -> str:
-    """A field of /proc/self/status, proc_pid_status(5); empty where nobody tells."""
+    """A field of /proc/self/status, proc_pid_status(5); empty where it is not there."""
     try:
         with open("/proc/self/status") as status:
             return next((line.partition(":")[2].strip() for line in status if line.startswith(f"{field}:")), "")

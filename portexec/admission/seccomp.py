@@ -10,13 +10,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import struct
 import sys
+from _struct import Struct  # what struct has it from
 
 from portexec import kernel
 
 SET_MODE_FILTER = 1
-FLAG_SPEC_ALLOW = 1 << 2  # Linux 4.17; without it a filter slows every task below it down before 5.16
+FLAG_SPEC_ALLOW = 1 << 2  # Linux 4.17; before 5.16 a filter without it slows down every task that has the filter
 FLAG_NEW_LISTENER = 1 << 3  # Linux 5.0
 FLAG_WAIT_KILLABLE_RECV = 1 << 5  # Linux 5.19
 RESPONSE_CONTINUE = 1  # Linux 5.5
@@ -25,8 +25,9 @@ RET_ALLOW = 0x7FFF0000
 RET_USER_NOTIF = 0x7FC00000
 
 _BUFFER_SIZE = 256  # a later kernel's notification may be longer; RECV wants zeros up to its own length
-_NOTIFICATION = struct.Struct("=QIIiIQ6Q")
-_RESPONSE = struct.Struct("=QqiI")
+_NOTIFICATION = Struct("=QIIiIQ6Q")
+_INSTRUCTION = Struct("=HBBI")  # struct sock_filter; a struct sock_fprog is their number and, aligned, a pointer to them
+_RESPONSE = Struct("=QqiI")
 _RECV = 0xC0502100
 _SEND = 0xC0182101
 _SET_FLAGS = 0x40082104
@@ -34,13 +35,18 @@ _SYNC_WAKE_UP = 1  # SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP
 _ID_VALID = 0x80082102  # the number that Linux 5.0 gave it; later kernels accept it beside the corrected one
 
 
+# By number: a Python that was built for old systems, as uv's were until 2026, has no os.pidfd_open.
+_PIDFD_OPEN = 434
 _PIDFD_GETFD = 438
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 SOCKETCALL_BIND = 2
 SOCKETCALL_LISTEN = 4
 
+IO_URING_SETUP = 425  # Linux 5.1; the same in every table, but for x32
+
 BIND = "bind"
 LISTEN = "listen"
+RING = "ring"
 
 
 class Machine:
@@ -73,6 +79,8 @@ _MACHINES: dict[str, tuple[int, tuple[Machine, ...]]] = {
     "s390x": (348, (Machine(0x80000016, 361, 363, 102), _S390)),
 }
 
+_NUMBER, _TABLES = _MACHINES.get(os.uname().machine, (0, ()))
+
 # linux/bpf_common.h: load a word, compare, return; struct seccomp_data: offsets of nr, arch and the arguments' low halves.
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _NR, _ARCH = 0, 4
@@ -91,7 +99,8 @@ def _block(machine: Machine) -> list[tuple[int, int, int, int]]:
         (_AT_LEAST, 0, 1, _MIN_SOCKADDR),
         notify,
         allow,
-        (_EQUAL, 0, 1, machine.listen),
+        (_EQUAL, 1, 0, machine.listen),
+        (_EQUAL, 0, 1, IO_URING_SETUP),
         notify,
     ]
     if machine.socketcall:
@@ -107,7 +116,10 @@ def _block(machine: Machine) -> list[tuple[int, int, int, int]]:
 
 
 def program(machines: tuple[Machine, ...]) -> list[tuple[int, int, int, int]]:
-    """The whole filter: bind and listen of every table are notified, all else is allowed, as are unknown tables."""
+    """The whole filter: bind and listen of every table are notified, all else is allowed, as are unknown tables.
+
+    io_uring_setup is notified, too. We do not see a bind by a ring. But that there is a ring explains why a bind was refused.
+    """
     instructions: list[tuple[int, int, int, int]] = [(_LOAD, 0, 0, _ARCH)]
     for arch in dict.fromkeys(machine.arch for machine in machines):
         tables = [_block(machine) for machine in machines if machine.arch == arch]
@@ -116,9 +128,12 @@ def program(machines: tuple[Machine, ...]) -> list[tuple[int, int, int, int]]:
     return [*instructions, (_RETURN, 0, 0, RET_ALLOW)]
 
 
+_PROGRAM = b"".join(_INSTRUCTION.pack(*instruction) for instruction in program(_TABLES))
+
+
 def is_known_machine() -> bool:
     """Whether the numbers of this machine are in the table."""
-    return os.uname().machine in _MACHINES
+    return bool(_TABLES)
 
 
 def has_flags(flags: int) -> bool:
@@ -127,7 +142,7 @@ def has_flags(flags: int) -> bool:
     A filter that is a null pointer is EFAULT with flags that are known, EINVAL with others.
     """
     try:
-        kernel.syscall(_MACHINES[os.uname().machine][0], SET_MODE_FILTER, flags, 0)
+        kernel.syscall(_NUMBER, SET_MODE_FILTER, flags, 0)
     except OSError as error:
         if error.errno not in (errno.EFAULT, errno.EINVAL):
             raise
@@ -139,37 +154,29 @@ def install() -> int:
     """Filter this process and all that it will become or start; return the notify fd, close-on-exec.
 
     No-new-privileges is set only where the kernel demands it, that is without CAP_SYS_ADMIN. Raises OSError, with nothing
-    installed: EBUSY under another notifier, EINVAL, EPERM or ENOSYS where it is not to be had.
+    installed: EBUSY under another notifier, EINVAL, EPERM or ENOSYS where the kernel has none or refuses it.
     """
-    try:
-        number, machines = _MACHINES[os.uname().machine]
-    except KeyError:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-    instructions = program(machines)
-    memory, address = kernel.pointer_to(b"".join(map(_packed, instructions)))
-    compiled = len(instructions).to_bytes(2, sys.byteorder).ljust(_POINTER, b"\0") + address.to_bytes(_POINTER, sys.byteorder)
+    if not _TABLES:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    memory, address = kernel.pointer_to(_PROGRAM)
+    count = len(_PROGRAM) // _INSTRUCTION.size
+    compiled = count.to_bytes(2, sys.byteorder).ljust(_POINTER, b"\0") + address.to_bytes(_POINTER, sys.byteorder)
     flags = FLAG_NEW_LISTENER | FLAG_SPEC_ALLOW
     if has_flags(flags | FLAG_WAIT_KILLABLE_RECV):
         flags |= FLAG_WAIT_KILLABLE_RECV
     try:
-        return kernel.syscall(number, SET_MODE_FILTER, flags, compiled)
+        return kernel.syscall(_NUMBER, SET_MODE_FILTER, flags, compiled)
     except OSError as error:
         if error.errno != errno.EACCES:
             raise
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-        return kernel.syscall(number, SET_MODE_FILTER, flags, compiled)
+        return kernel.syscall(_NUMBER, SET_MODE_FILTER, flags, compiled)
     finally:
         del memory  # not before the kernel has read it
 
 
-def _packed(instruction: tuple[int, int, int, int]) -> bytes:
-    """struct sock_filter. The whole is a struct sock_fprog: a u16 length and, aligned, a pointer to these."""
-    code, if_true, if_false, operand = instruction
-    return code.to_bytes(2, sys.byteorder) + bytes((if_true, if_false)) + operand.to_bytes(4, sys.byteorder)
-
-
 class Notification:
-    """A system call of the command that waits for an answer. `thread` is the caller's thread id, `call` BIND or LISTEN."""
+    """A system call of the command that waits for an answer. `thread` is the caller's thread id."""
 
     __slots__ = ("arch", "args", "id", "nr", "thread")
 
@@ -221,37 +228,73 @@ def answer(notify_fd: int, identifier: int, code: int | None) -> bool:
 
 def machine_of(notification: Notification) -> Machine | None:
     """The table that the notified call is from."""
-    for machine in _MACHINES[os.uname().machine][1]:
-        if machine.arch == notification.arch and notification.nr in (machine.bind, machine.listen, machine.socketcall):
+    for machine in _TABLES:
+        calls = (machine.bind, machine.listen, IO_URING_SETUP, machine.socketcall)
+        if machine.arch == notification.arch and notification.nr in calls:
             return machine
     return None
 
 
-def duplicate(thread: int, fd: int) -> int:
-    """A duplicate, close-on-exec, of a descriptor of another thread. Raises OSError: EPERM, EBADF, ESRCH, ENOSYS.
+class Threads:
+    """The command's threads, whose descriptors we duplicate.
 
-    A thread that is not the leader has a pidfd of its own from Linux 6.9 on.
+    A pidfd of the last one is kept, as one thread mostly makes several calls. The pidfd tells when its thread has ended.
     """
-    try:
-        pidfd = os.pidfd_open(thread, _PIDFD_THREAD)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return _duplicate_of_leader(thread, fd)
-    return _take(pidfd, fd)
+
+    def __init__(self) -> None:
+        self._thread = 0
+        self._pidfd = -1
+
+    def duplicate(self, thread: int, fd: int) -> int:
+        """A duplicate, close-on-exec, of a descriptor of a thread. Raises OSError: EPERM, EBADF, ESRCH, ENOSYS.
+
+        A thread that is not the leader has a pidfd of its own from Linux 6.9 on.
+        """
+        if thread == self._thread:
+            try:
+                return _duplicate_by(self._pidfd, fd)
+            except OSError as error:
+                if error.errno != errno.ESRCH:
+                    raise  # with ESRCH it was another thread's, which had this id before
+        try:
+            pidfd = kernel.syscall(_PIDFD_OPEN, thread, _PIDFD_THREAD)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return _duplicate_of_leader(thread, fd)
+        self.close()
+        self._thread, self._pidfd = thread, pidfd
+        return _duplicate_by(pidfd, fd)
+
+    def descriptors(self) -> set[int]:
+        """The descriptors that others must not close."""
+        return {self._pidfd} if self._thread else set()
+
+    def close(self) -> None:
+        """Close the pidfd that is kept."""
+        if self._thread:
+            os.close(self._pidfd)
+        self._thread = 0
+
+
+def _duplicate_by(pidfd: int, fd: int) -> int:
+    return kernel.syscall(_PIDFD_GETFD, pidfd, fd, 0)
 
 
 def _duplicate_of_leader(thread: int, fd: int) -> int:
-    """The same from the table of the process' first thread, which is mostly the same one.
+    """A duplicate from the descriptor table of the process' first thread, which is mostly this thread's, too.
 
-    It is not when that thread has ended, or when this one has a table of its own (unshare(2)). Then it raises ESRCH.
+    It is not when the first thread has ended, or when this thread has a table of its own (unshare(2)). Then it raises ESRCH.
     """
+    pidfd = kernel.syscall(_PIDFD_OPEN, _process_of(thread), 0)
     try:
-        duplicate = _take(os.pidfd_open(_process_of(thread)), fd)
+        duplicate = _duplicate_by(pidfd, fd)
     except OSError as error:
         if error.errno != errno.EBADF:
             raise
         raise _other_table() from error
+    finally:
+        os.close(pidfd)
     try:
         if os.fstat(duplicate).st_ino == os.stat(f"/proc/{thread}/fd/{fd}").st_ino:
             return duplicate
@@ -263,14 +306,6 @@ def _duplicate_of_leader(thread: int, fd: int) -> int:
 
 def _other_table() -> OSError:
     return ProcessLookupError(errno.ESRCH, "the thread has descriptors of its own")
-
-
-def _take(pidfd: int, fd: int) -> int:
-    """Duplicate from the process behind a pidfd, and close the pidfd."""
-    try:
-        return kernel.syscall(_PIDFD_GETFD, pidfd, fd, 0)
-    finally:
-        os.close(pidfd)
 
 
 def _process_of(thread: int) -> int:
