@@ -1,8 +1,11 @@
 """Socket activation: the LISTEN_FDS protocol, as its reader (what was handed to us) and its writer (what we hand on).
 
-Source: sd_listen_fds(3) and systemd's src/libsystemd/sd-daemon/sd-daemon.c. The descriptors are 3, 4, ...; LISTEN_FDS counts
-them, LISTEN_PID is the process they are meant for, LISTEN_FDNAMES their names between colons, and LISTEN_PIDFDID (systemd
-259) the inode number of that process' pidfd, which unlike a pid is never used again.
+Source: sd_listen_fds(3) and systemd's src/libsystemd/sd-daemon/sd-daemon.c. The descriptors are 3, 4, ...
+
+LISTEN_FDS       how many there are
+LISTEN_PID       the process that they are meant for
+LISTEN_FDNAMES   their names, between colons
+LISTEN_PIDFDID   since systemd 259: the inode number of that process' pidfd, which unlike a pid is never used again
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Carries out a `Plan` in this process: place the descriptors, reset what Python changed, become the command.
 
-Exec mode calls it in the process that the user started; a supervised command calls it in the child, as the last link of the
-chain. Nothing here decides anything, and nothing here is imported that is not needed.
+Exec mode calls it in the process that the user started. For a supervised command the child calls it, as its last step.
+Nothing is decided here, and nothing is imported that is not needed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ from portexec.errors import CannotExecute, CommandNotFound, PortexecError, reaso
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, MutableMapping
     from typing import NoReturn
 
 _DEFAULT_PATH = "/bin:/usr/bin"  # what execvp(3) takes when there is no PATH
 _OUT_OF_THE_WAY = 64  # scripts use descriptors up to 9 by number, shells save theirs from 10 on
 _STDERR = 2
+# Words that every shell knows and that are mostly no programs.
+_SHELL_WORDS = (
+    ". : [[ { alias bg builtin cd command declare eval exec exit export fg for function hash if jobs let local popd pushd read "
+    "return set shift shopt source trap type ulimit umask unalias unset until wait while"
+)
+# Words that people write as a command, since other programs have such commands; here they are options.
+OPTION_WORDS = ("check", "forget", "help", "list", "logs", "stop", "url", "version")
 _JOBSERVER_OPTIONS = ("--jobserver-auth=", "--jobserver-fds=")
 _JOBSERVER_VARIABLES = ("MAKEFLAGS", "MFLAGS", "CARGO_MAKEFLAGS")
 
@@ -44,6 +51,14 @@ def find_command(name: str, environment: Mapping[str, str]) -> str:
     hint = "is it installed, and on the PATH?"
     if " " in name:
         hint = f"write it as separate words: portexec -- {name}"
+    elif name in _SHELL_WORDS.split():
+        hint = f"{name} is a word of the shell: portexec -- sh -c '{name} ...'"
+    elif name in OPTION_WORDS:
+        hint = f"did you mean portexec --{name}?"
+    elif name.startswith("PORT=") and name[5:].isdecimal():
+        hint = f"a number is asked for with -l: portexec -l {name[5:]} -- ..."
+    elif "=" in name:
+        hint = f"a variable is set with -e: portexec -e {name} -- ..."
     elif not name:
         hint = "the first word is empty; is a variable unset?"
     raise CommandNotFound(f"command not found: {name or repr(name)}", hint)
@@ -54,10 +69,12 @@ def _require_executable(file: str) -> None:
         status = os.stat(file)
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        raise (CommandNotFound if missing else CannotExecute)(f"cannot run {file}: {reason(error)}") from error
+        hint = "is the path right?" if missing else ""
+        raise (CommandNotFound if missing else CannotExecute)(f"cannot run {file}: {reason(error)}", hint) from error
+    if os.path.isdir(file):
+        raise _cannot_execute(file, "Is a directory", f"name a program in it: {os.path.join(file, 'NAME')}")
     if not os.path.isfile(file):
-        kind = "Is a directory" if os.path.isdir(file) else "not a file"
-        raise _cannot_execute(file, kind, "")
+        raise _cannot_execute(file, "not a file", "")
     if not os.access(file, os.X_OK):
         runnable = status.st_mode & 0o111
         raise _cannot_execute(file, "Permission denied", "" if runnable else f"make it executable: chmod +x {file}")
@@ -73,6 +90,8 @@ def execute(plan: Plan) -> NoReturn:
     try:
         if plan.first_fd <= _STDERR:
             errors = duplicate(_STDERR, _STDERR + 1, inheritable=False)
+        for number, fd in plan.streams.items():
+            os.dup2(fd, number)
         moved = place(plan.passed, plan.first_fd, plan.kept)
     except OSError as error:
         raise PortexecError(f"cannot place the descriptors: {reason(error)}", "raise the limit with `ulimit -n`") from error
@@ -91,8 +110,8 @@ def execute(plan: Plan) -> NoReturn:
 def place(passed: tuple[int, ...], first_fd: int, kept: tuple[int, ...]) -> dict[int, int]:
     """Move the descriptors `passed` to `first_fd` and following, and let the command inherit them and those `kept`.
 
-    What somebody else has open there is moved out of the way, and the return value says from where to where. Standard
-    streams are replaced, not moved: whoever asks for descriptor 0 wants another standard input.
+    Other files that are open there are moved out of the way; the return value has their old numbers and their new ones.
+    Standard streams are replaced, not moved: a user that asks for descriptor 0 wants another standard input.
     """
     end = first_fd + len(passed)
     number_of = {fd: fd for fd in (*passed, *kept)}  # where each of ours is at the moment
@@ -117,7 +136,7 @@ def place(passed: tuple[int, ...], first_fd: int, kept: tuple[int, ...]) -> dict
 
 
 def _swap(one: int, other: int, end: int) -> None:
-    """Exchange two descriptors of ours by way of one spare number, of which there may be no more."""
+    """Exchange two descriptors of ours by way of one spare number, since the limits may allow no second one."""
     spare = duplicate(other, end, inheritable=False)
     os.dup2(one, other, inheritable=False)
     os.dup2(spare, one, inheritable=False)
@@ -125,7 +144,7 @@ def _swap(one: int, other: int, end: int) -> None:
 
 
 def _keep(fd: int) -> None:
-    """Let the command inherit a descriptor, under a number that is in nobody's way if the limits allow one."""
+    """Let the command inherit a descriptor, under a high number if the limits allow it."""
     if fd >= _OUT_OF_THE_WAY:
         os.set_inheritable(fd, True)
     else:
@@ -134,7 +153,7 @@ def _keep(fd: int) -> None:
 
 
 def duplicate(fd: int, lowest: int, *, inheritable: bool) -> int:
-    """Duplicate a descriptor to a free number out of the way, or where the limits do not reach that far, from `lowest` on."""
+    """Duplicate a descriptor to a free high number; where the limits do not reach that far, to one from `lowest` on."""
     command = fcntl.F_DUPFD if inheritable else fcntl.F_DUPFD_CLOEXEC
     try:
         return fcntl.fcntl(fd, command, max(lowest, _OUT_OF_THE_WAY))
@@ -159,6 +178,15 @@ def follow_jobserver(environment: dict[str, str], moved: Mapping[int, int]) -> N
             environment[variable] = " ".join(_follow(word, moved) for word in words)
 
 
+def forget_jobserver(environment: MutableMapping[str, str]) -> None:
+    """Leave make's jobserver, whose pipe is closed: a make below has as many jobs as its own words say."""
+    for variable in _JOBSERVER_VARIABLES:
+        words = environment.get(variable, "").split(" ")
+        if any(word.startswith(_JOBSERVER_OPTIONS) for word in words):
+            left = (word for word in words if not word.startswith((*_JOBSERVER_OPTIONS, "-j")))
+            environment[variable] = " ".join(left)
+
+
 def _follow(word: str, moved: Mapping[int, int]) -> str:
     for option in _JOBSERVER_OPTIONS:
         numbers = word.removeprefix(option).split(",")
@@ -168,7 +196,7 @@ def _follow(word: str, moved: Mapping[int, int]) -> str:
 
 
 def _reset_signals() -> None:
-    """Undo what Python ignores at its start; exec would keep it. What was set before that is not to be known."""
+    """Stop ignoring the signals that Python ignores from its start; exec would keep that. What was set before is unknown."""
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
 
@@ -187,12 +215,12 @@ def _refused(file: str, error: OSError) -> PortexecError:
     if error.errno == errno.ENOENT and not os.path.exists(file):
         return CommandNotFound(f"cannot run {file}: {reason(error)}")
     if error.errno == errno.ENOENT:
-        return _missing_interpreter(file)
+        return missing_interpreter(file)
     return _cannot_execute(file, reason(error), "")
 
 
-def _missing_interpreter(file: str) -> CannotExecute:
-    """The kernel says ENOENT of a file that is there: what is missing is the program that is to run it."""
+def missing_interpreter(file: str) -> CannotExecute:
+    """The error for a file that exists, but that the kernel answers with ENOENT: its interpreter or loader is missing."""
     try:
         with open(file, "rb") as script:
             first = script.readline(256)
@@ -203,7 +231,9 @@ def _missing_interpreter(file: str) -> CannotExecute:
     interpreter = os.fsdecode((first[2:].split(maxsplit=1) or [b""])[0])
     if first.endswith(b"\r\n"):
         return _cannot_execute(file, "its first line has a Windows line end", f"convert it: sed -i 's/\\r$//' {file}")
-    return _cannot_execute(file, f"its interpreter {interpreter} does not exist", "correct its first line, or install that")
+    return _cannot_execute(
+        file, f"its interpreter {interpreter} does not exist", "correct its first line, or install the interpreter"
+    )
 
 
 def _cannot_execute(file: str, why: str, hint: str) -> CannotExecute:

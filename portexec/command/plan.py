@@ -15,13 +15,18 @@ from portexec.errors import UnknownHandOff, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
 AUTO = "auto"
 FD = "fd"
 GUARD = "guard"
 HOLD = "hold"
 HAND_OFFS = (AUTO, FD, GUARD, HOLD)
+
+_SURELY_OURS = ("--then", "--ready", "--ready-timeout", "--ready-fd")  # options that hardly any other program has
+# These start programs by Node's spawn, which passes the standard streams on and nothing else.
+_CLOSES_DESCRIPTORS = frozenset({"npm", "npx", "yarn", "pnpm", "pnpx", "bunx", "nodemon"})
 
 # How commands name a descriptor in their words: uvicorn, hypercorn and gunicorn, haproxy, and the kernel's own paths.
 _DESCRIPTOR_FORMS = ("--fd {}", "--fd={}", "fd://{}", "fd@{}", "/dev/fd/{}", "/proc/self/fd/{}")
@@ -30,7 +35,7 @@ _DESCRIPTOR_FORMS = ("--fd {}", "--fd={}", "fd://{}", "fd@{}", "/dev/fd/{}", "/p
 class Choice:
     """A hand-off and the reason why it was chosen, for `-v`.
 
-    `named`: the command names its descriptor by itself. `is_final`: it was asked for, and no other will do.
+    `named`: the words of the command name the descriptor. `is_final`: the user asked for this hand-off, and no other will do.
     """
 
     __slots__ = ("hand_off", "is_final", "named", "why")
@@ -51,10 +56,11 @@ class Plan:
 
     `file` is what is executed, with `argv` and `environment`. The descriptors `passed` go to `first_fd` and following; the
     descriptors `kept`, the guards, are inherited under whatever number. `for_pid` asks for LISTEN_PID, which only the
-    process that executes the command can know.
+    process that executes the command can know. `streams` are standard streams that the command gets instead of ours: their
+    number, and the descriptor that it becomes.
     """
 
-    __slots__ = ("argv", "environment", "file", "first_fd", "for_pid", "kept", "passed")
+    __slots__ = ("argv", "environment", "file", "first_fd", "for_pid", "kept", "passed", "streams")
 
     def __init__(
         self,
@@ -66,6 +72,7 @@ class Plan:
         first_fd: int = activation.FIRST_FD,
         kept: tuple[int, ...] = (),
         for_pid: bool = False,
+        streams: Mapping[int, int] | None = None,
     ) -> None:
         self.file = file
         self.argv = argv
@@ -74,30 +81,26 @@ class Plan:
         self.first_fd = first_fd
         self.kept = kept
         self.for_pid = for_pid
+        self.streams = streams or {}
 
     def keeping(self, kept: tuple[int, ...]) -> Plan:
         """The same plan with other descriptors that are kept."""
-        return Plan(
-            self.file,
-            self.argv,
-            self.environment,
-            passed=self.passed,
-            first_fd=self.first_fd,
-            kept=kept,
-            for_pid=self.for_pid,
-        )
+        return self._changed(kept=kept)
+
+    def passing(self, descriptors: Mapping[int, int]) -> Plan:
+        """The same plan with other descriptors that are passed, by those that they replace."""
+        return self._changed(passed=tuple(descriptors.get(fd, fd) for fd in self.passed))
 
     def with_variable(self, name: str, value: str) -> Plan:
         """The same plan with one more variable in the environment of the command."""
-        return Plan(
-            self.file,
-            self.argv,
-            {**self.environment, name: value},
-            passed=self.passed,
-            first_fd=self.first_fd,
-            kept=self.kept,
-            for_pid=self.for_pid,
-        )
+        return self._changed(environment={**self.environment, name: value})
+
+    def with_streams(self, streams: Mapping[int, int]) -> Plan:
+        """The same plan with these standard streams."""
+        return self._changed(streams=streams)
+
+    def _changed(self, **changes: Any) -> Plan:
+        return Plan(**{name: getattr(self, name) for name in self.__slots__} | changes)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and all(getattr(self, s) == getattr(other, s) for s in self.__slots__)
@@ -116,9 +119,9 @@ def choose(
 ) -> Choice:
     """Choose the hand-off for a command; whether this machine can do it is found out later.
 
-    `texts` are the command's words and the templates of `-e`; `first_fd` is the number of the first listener's descriptor;
-    `fd_only` and `guard_only` are options that were given and mean something with that hand-off only.
-    Raises UsageError when what was requested contradicts itself.
+    `texts` are the command's words and the templates of `-e`. `first_fd` is the number of the first listener's descriptor.
+    `fd_only` and `guard_only` are given options that mean something with that hand-off only.
+    Raises UsageError when the options contradict each other.
     """
     if requested not in HAND_OFFS:
         raise UnknownHandOff(f"unknown hand-off {requested!r}", f"it is one of {', '.join(HAND_OFFS)}")
@@ -193,16 +196,46 @@ def _stands_in(words: str, sign: str) -> bool:
     return False
 
 
+def advice(hand_off: str, argv: Sequence[str]) -> str:
+    """Advice about a command that probably does not work with this hand-off; empty for most."""
+    name = argv[0].rpartition("/")[2]
+    if hand_off == FD and name in _CLOSES_DESCRIPTORS:
+        return f"{name} does not pass descriptors on to what it starts; give the server its number: {{port}}, or $PORT"
+    return ""
+
+
+def misplaced(argv: Sequence[str]) -> str:
+    """Advice about an option of ours among the words of a command; empty for most."""
+    word = next((word for word in argv[1:] if word.partition("=")[0] in _SURELY_OURS), "")
+    if not word or any("portexec" in each for each in argv):
+        return ""
+    return f"{word} comes after the command, which gets it; options of portexec come before the command"
+
+
 def injected(listeners: Sequence[Listener]) -> dict[str, str]:
     """The variables that carry the numbers: PORT for the first listener, NAME_PORT for the others and for given names."""
-    variables = {}
+    return {variable: str(listener.port) for variable, listener in _with_variables(listeners)}
+
+
+def exported(listeners: Sequence[Listener]) -> dict[str, str]:
+    """What others are told in an export file: the numbers, and HOST beside PORT where a host was given.
+
+    The command itself is not told the host: many servers bind to what a variable HOST names.
+    """
+    told = _with_variables(listeners)
+    hosts = {f"{name.removesuffix('PORT')}HOST": listener.known_as for name, listener in told if listener.known_as}
+    return injected(listeners) | hosts
+
+
+def _with_variables(listeners: Sequence[Listener]) -> list[tuple[str, Listener]]:
+    found = []
     for listener in listeners:
         first = listener is listeners[0]
         if listener.port and first:
-            variables["PORT"] = str(listener.port)
+            found.append(("PORT", listener))
         if listener.port and (listener.named or not first):
-            variables[variable_of(listener.name)] = str(listener.port)
-    return variables
+            found.append((variable_of(listener.name), listener))
+    return found
 
 
 def template_values(listeners: Sequence[Listener], first_fd: int | None) -> dict[str, str]:
@@ -211,7 +244,7 @@ def template_values(listeners: Sequence[Listener], first_fd: int | None) -> dict
     for position, listener in enumerate(listeners):
         fields = {"url": listener.url}
         if listener.port:
-            fields |= {"port": str(listener.port), "host": listener.host}
+            fields |= {"port": str(listener.port), "host": listener.told_host}
         if first_fd is not None:
             fields["fd"] = str(first_fd + position)
         for field, value in fields.items():
@@ -224,8 +257,8 @@ def template_values(listeners: Sequence[Listener], first_fd: int | None) -> dict
 def announced_names(choice: Choice, inherited: Sequence[str], listeners: Sequence[Listener], lowest_fd: int) -> list[str]:
     """The names of the sockets that the command is to find by socket activation.
 
-    Those are the ones that were handed to us, and ours unless the command was told their descriptors in its own words: both
-    would make some count them twice (gunicorn `-b fd://3`). The protocol knows descriptors from 3 on only.
+    These are the sockets that were handed to us, and ours, unless the command's words name their descriptors: some commands
+    would count them twice (gunicorn `-b fd://3`). The protocol knows descriptors from 3 on only.
     """
     if lowest_fd != activation.FIRST_FD:
         return []
@@ -234,6 +267,6 @@ def announced_names(choice: Choice, inherited: Sequence[str], listeners: Sequenc
 
 
 def descriptors(inherited: Sequence[str], listeners: Sequence[Listener]) -> tuple[int, ...]:
-    """Where the sockets that are to be passed on are now: those handed to us, then those of the listeners."""
+    """The present descriptors of the sockets that are to be passed on: those handed to us, then those of the listeners."""
     sockets = [listener.socket.fileno() for listener in listeners if listener.socket is not None]
     return (*range(activation.FIRST_FD, activation.FIRST_FD + len(inherited)), *sockets)

@@ -12,7 +12,7 @@ import os
 import stat
 
 from portexec.binding.listeners import Listener
-from portexec.command.undo import Undo
+from portexec.command.undo import Undo, hidden_name
 from portexec.errors import PortexecError, reason
 from portexec.kernel import ENDING_SIGNALS
 
@@ -31,9 +31,9 @@ def announcement(listeners: Sequence[Listener], *, named: bool) -> list[str]:
 
 def announcement_json(listeners: Sequence[Listener], hand_off: str, first_fd: int | None) -> str:
     """The same as one JSON line."""
-    import json
+    from portexec.plainjson import dumps
 
-    return json.dumps({"pid": os.getpid(), "hand_off": hand_off, "listeners": described(listeners, first_fd)}) + "\n"
+    return dumps({"pid": os.getpid(), "hand_off": hand_off, "listeners": described(listeners, first_fd)}) + "\n"
 
 
 def described(listeners: Sequence[Listener], first_fd: int | None) -> list[dict[str, str | int]]:
@@ -42,7 +42,7 @@ def described(listeners: Sequence[Listener], first_fd: int | None) -> list[dict[
     for position, listener in enumerate(listeners):
         fields: dict[str, str | int] = {"name": listener.name, "url": listener.url}
         if listener.port:
-            fields |= {"host": listener.host, "port": listener.port}
+            fields |= {"host": listener.told_host, "port": listener.port}
         if listener.path:
             fields["path"] = listener.path
         if first_fd is not None:
@@ -54,63 +54,54 @@ def described(listeners: Sequence[Listener], first_fd: int | None) -> list[dict[
 def publish_files(port_file: str | None, export: str | None, port: int, variables: Mapping[str, str], undo: Undo) -> None:
     """Write the port file and append to the export file; raise PortexecError with neither changed if one cannot be.
 
-    What was made is recorded in `undo`. Signals that would end us wait until it is done.
+    What is made is recorded in `undo`. Signals that would end us wait until it is done.
     """
+    lines = os.fsencode("".join(f"{name}={value}\n" for name, value in variables.items()))
     mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
-        temporary = _prepare_port_file(port_file, port) if port_file is not None else None
-        lines = os.fsencode("".join(f"{name}={value}\n" for name, value in variables.items()))
+        temporary = None if port_file is None else _prepare_port_file(port_file, port, undo)
+        is_new = export is None or _append(export, lines, undo)
         try:
-            if export is not None and _append(export, lines):
-                _record_or_take_back(export, lines, undo)
+            if port_file is not None and temporary is not None:
+                _put_in_place(temporary, port_file, port, undo)
         except (PortexecError, MemoryError):
-            if temporary is not None:
-                os.unlink(temporary)
+            if export is not None and not is_new:
+                _take_back(export, lines)
             raise
-        if port_file is not None and temporary is not None:
-            _put_in_place(temporary, port_file, export, lines)
-            undo.record_file(port_file, b"%d\n" % port)
     finally:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
 
 
-def _record_or_take_back(export: str, lines: bytes, undo: Undo) -> None:
+def _prepare_port_file(path: str, port: int, undo: Undo) -> str:
+    """Write the number to a temporary file beside `path`, ready to be renamed, and return its name."""
+    require_number(port)
+    temporary = hidden_name(path)
     try:
-        undo.record_file(export, lines)
-    except MemoryError:
-        _take_back(export, lines)
-        raise
+        require_replaceable(path)
+        undo.record_temporary(temporary)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
+        try:
+            _write_all(fd, b"%d\n" % port)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise cannot_write("port file", path, error) from error
+    return temporary
 
 
-def _put_in_place(temporary: str, port_file: str, export: str | None, lines: bytes) -> None:
+def _put_in_place(temporary: str, port_file: str, port: int, undo: Undo) -> None:
+    made = undo.record_file(port_file, b"%d\n" % port)
     try:
         os.rename(temporary, port_file)
-    except (OSError, MemoryError) as error:
-        os.unlink(temporary)
-        if export is not None:
-            _take_back(export, lines)
-        raise _cannot_write("port file", port_file, error) from error
+    except OSError as error:
+        undo.forget(made)  # the file with this name is not ours
+        raise cannot_write("port file", port_file, error) from error
 
 
-def _prepare_port_file(path: str, port: int) -> str:
-    """Write the number to a temporary file beside `path`, ready to be renamed, and return its name."""
+def require_number(port: int) -> None:
+    """Refuse a first listener that has no number for a port file. Raises PortexecError."""
     if not port:
         raise PortexecError("--port-file: the first listener is a unix socket and has no number", "list a TCP listener first")
-    directory, base = os.path.split(path)
-    temporary = os.path.join(directory, f".{base[:200]}.{os.urandom(6).hex()}")
-    try:
-        _require_replaceable(path)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
-    except OSError as error:
-        raise _cannot_write("port file", path, error) from error
-    try:
-        _write_all(fd, b"%d\n" % port)
-    except (OSError, MemoryError) as error:
-        os.unlink(temporary)
-        raise _cannot_write("port file", path, error) from error
-    finally:
-        os.close(fd)
-    return temporary
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -119,43 +110,85 @@ def _write_all(fd: int, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _require_replaceable(path: str) -> None:
-    """Refuse to rename over anything but a regular file: /dev/stdout, a device or a link would be gone for good."""
+def require_replaceable(path: str) -> None:
+    """Refuse to rename over anything but a regular file, or over a stranger's file, which would be lost. Raises OSError."""
     if not os.path.basename(path):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     try:
-        mode = os.lstat(path).st_mode
+        status = os.lstat(path)
     except FileNotFoundError:
         return
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EEXIST, "there is something that is no regular file")
+    if is_open_to_strangers(os.stat(os.path.dirname(path) or ".")):
+        _require_own(status)
 
 
-def _append(path: str, lines: bytes) -> bool:
+def is_open_to_strangers(directory: os.stat_result) -> bool:
+    """Whether another user may put files into this directory."""
+    return bool(directory.st_mode & stat.S_IWOTH) or directory.st_uid not in (0, os.geteuid())
+
+
+def _require_own(file: os.stat_result) -> None:
+    """Refuse a file that is another user's; for a directory where another user may put files. Raises PermissionError."""
+    if file.st_uid not in (0, os.geteuid()):
+        raise PermissionError(errno.EPERM, "somebody else may have put it there")
+
+
+def _append(path: str, lines: bytes, undo: Undo) -> bool:
     """Append whole lines in one write(2), which O_APPEND keeps apart from those of other launches. Whether the file is new.
 
-    Another launch may withdraw the file meanwhile. Then the lines went into a file that is nobody's, and are written again.
+    Another launch may withdraw the file meanwhile. Then the lines went into a removed file, and are written again.
     """
     try:
         for _ in range(_TRIES):
-            fd, is_new = _open_to_append(path)
-            try:
-                _append_to(fd, lines)
-                if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                    return is_new
-            except FileNotFoundError:
-                pass
-            finally:
-                os.close(fd)
+            if _append_to_existing(path, lines):
+                return False
+            if _append_to_new(path, lines, undo):
+                return True
         raise OSError(errno.EAGAIN, "other launches withdraw it all the time")
     except OSError as error:
-        raise _cannot_write("export file", path, error) from error
+        raise cannot_write("export file", path, error) from error
+
+
+def _append_to_existing(path: str, lines: bytes) -> bool:
+    """Append to a file that is there; False if there is none."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    return _append_and_close(fd, path, lines)
+
+
+def _append_to_new(path: str, lines: bytes, undo: Undo) -> bool:
+    """Make a file with these lines; False if there is one by now."""
+    made = undo.record_file(path, lines)
+    empty = undo.record_file(path, b"")  # the file is empty until the lines are in it
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
+        is_made = _append_and_close(fd, path, lines)
+    except FileExistsError:
+        is_made = False
+    undo.forget(empty)
+    if not is_made:
+        undo.forget(made)
+    return is_made
+
+
+def _append_and_close(fd: int, path: str, lines: bytes) -> bool:
+    """Append to an open file, and close it. Whether it is still the file at its path."""
+    try:
+        _append_to(fd, lines)
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _append_to(fd: int, lines: bytes) -> None:
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
+    require_regular(status)
     is_unfinished = status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n"
     try:
         _write_all(fd, b"\n" + lines if is_unfinished else lines)
@@ -164,21 +197,14 @@ def _append_to(fd: int, lines: bytes) -> None:
         raise
 
 
-def _open_to_append(path: str) -> tuple[int, bool]:
-    """Open a file, and tell whether it was made."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    while True:
-        try:
-            return os.open(path, flags | os.O_CREAT | os.O_EXCL, _MODE), True
-        except FileExistsError:
-            try:
-                return os.open(path, flags), False
-            except FileNotFoundError:
-                continue  # another launch has withdrawn it
+def require_regular(status: os.stat_result) -> None:
+    """Refuse to append to anything but a regular file. Raises OSError."""
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
 
 
 def _take_back(path: str, lines: bytes) -> None:
-    """Cut our lines off the export file, which nobody has been told of yet, if they are the last."""
+    """Cut our lines off an export file that was there before, if they are the last. Nobody has been told of them yet."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -187,19 +213,22 @@ def _take_back(path: str, lines: bytes) -> None:
         rest = os.fstat(fd).st_size - len(lines)
         if os.pread(fd, len(lines), rest) == lines:
             os.ftruncate(fd, rest)
-            if not rest:
-                os.unlink(path)
     except OSError:
         pass
     finally:
         os.close(fd)
 
 
-def _cannot_write(what: str, path: str | None, error: OSError | MemoryError) -> PortexecError:
-    hints = {
+def cannot_write(what: str, path: str | None, error: OSError) -> PortexecError:
+    """The error that a file of the user's choice cannot be written."""
+    no_file = (errno.EEXIST, errno.EINVAL, errno.ENXIO)  # a FIFO, a device, a socket
+    hints = dict.fromkeys(no_file, "name a file, or a place where there is nothing yet") | {
         errno.ENOENT: "the directory has to exist",
         errno.ELOOP: "a symbolic link is not followed; name the file itself",
+        errno.EISDIR: f"name a file in it: {os.path.join(path or '', 'NAME')}",
         errno.EACCES: "choose a directory that you may write to",
+        errno.EPERM: "remove it, or choose a directory that only you may write to",
         errno.EROFS: "choose a directory that can be written to",
     }
-    return PortexecError(f"cannot write {what} {path}: {reason(error)}", hints.get(getattr(error, "errno", None) or 0, ""))
+    why = "it is a symbolic link" if error.errno == errno.ELOOP and os.path.islink(path or "") else reason(error)
+    return PortexecError(f"cannot write {what} {path}: {why}", hints.get(error.errno or 0, ""))
