@@ -1,9 +1,9 @@
-"""The child that becomes the command: forked, rehearsed with, and told to go.
+"""The child that becomes the command: the shim forks it, rehearses with it, and tells it to go.
 
     fork -> [install the filter -> hand over the notify fd -> rehearse ->] wait for the word -> execute the plan
 
-What is in brackets belongs to hand-off `guard`. Each step's outcome goes to the parent as a message. The link closes at exec:
-its end is the news that the command runs.
+What is in brackets belongs to hand-off `guard`. The child tells its parent the outcome of each step by a message. The link
+closes at exec: the end of the link is the news that the command runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 
 from portexec import kernel
 from portexec.admission import seccomp
-from portexec.admission.answer import Admission, Observer
 from portexec.binding.guard import IP_FREEBIND
 from portexec.command import execute
 from portexec.command.plan import Plan
@@ -24,18 +23,21 @@ from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, of_stat
 from portexec.parent.link import Link, pair
 from portexec.parent.loop import first, readable
 from portexec.parent.signals import Inbox, send
+from portexec.procfs import credentials
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import NoReturn
 
+    from portexec.admission.answer import Admission
     from portexec.binding.guard import Guard
 
 # What the child says.
 NOTIFY_FD = b"n"  # with the descriptor
 REFUSED = b"r"  # errno and reason: the filter cannot be installed
 REHEARSED = b"h"  # nothing, or the reason why the rehearsal failed
+EXHAUSTED = b"x"  # reason: there were not enough descriptors, or not enough memory, before the command
 FAILED = b"f"  # status, message and hint: the command cannot be executed
 
 # What the parent says.
@@ -58,8 +60,12 @@ class Child:
         """Let it execute the command."""
         self.link.say(GO)
 
+    def signal(self, number: int) -> None:
+        """Send it a signal for the command, which gets it after exec: until then all signals that we forward are blocked."""
+        send(self.pid, number)
+
     def end(self) -> None:
-        """End it, unless it has ended, and wait for it. It has not executed anything."""
+        """End a child that has not executed the command, and wait for it."""
         try:
             if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
                 send(self.pid, _signal.SIGKILL)
@@ -68,13 +74,13 @@ class Child:
             pass  # it was waited for already
         self.link.close()
         if self.admission is not None:
-            os.close(self.admission.notify_fd)
+            self.admission.close()
 
 
 def fork_child(plan: Plan, inbox: Inbox, rehearsal_port: int | None = None) -> Child:
-    """Fork the child for a plan, which waits for the word to go. Raises OSError when resources run out.
+    """Fork the child for a plan. It waits for the word to go. Raises OSError when resources run out.
 
-    With a number of ours it installs the filter, and wants to rehearse with `rehearse` first.
+    With a `rehearsal_port`, one of our numbers, the child installs the filter first, and the caller has to call `rehearse`.
     """
     link, childs_end = pair(plan.first_fd + len(plan.passed))
     parent = os.getpid()
@@ -85,25 +91,27 @@ def fork_child(plan: Plan, inbox: Inbox, rehearsal_port: int | None = None) -> C
         childs_end.close()
         raise
     if pid == 0:
-        link.close()
-        _live(childs_end, plan, rehearsal_port, parent, inbox)
+        _live(childs_end, link, plan, rehearsal_port, parent, inbox)
     childs_end.close()
     return Child(pid, link)
 
 
 async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> None:
-    """Serve the child's bind and listen on a number of ours, and hear from it whether they worked.
+    """Answer the child's bind and listen on a number of ours, and hear from the child whether they worked.
 
-    Raises RefusedError, with the child ended, where this machine does not let us.
+    Raises, with the child ended, RefusedError where this machine does not let us admit binds, OSError where resources ran out.
     """
+    from portexec.admission.answer import Admission, Observer  # while the child installs its filter
+
     try:
         child.admission = Admission(await _receive_notify_fd(child.link), guards, remap, Observer())
         await first(readable(child.link), child.admission.answer())
         child.admission.close_gates()
         kind, fields = child.link.receive()
+        if kind == EXHAUSTED:
+            raise OSError(0, fields[0])
         if kind != REHEARSED or fields[0]:
-            why = fields[1] if kind == FAILED else fields[0] or "the child ended"
-            raise RefusedError(f"the rehearsal failed: {why}")
+            raise RefusedError(f"the rehearsal failed: {fields[0] or 'the child ended'}")
         if child.admission.was_gated and remap:
             raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
     except BaseException:
@@ -112,8 +120,17 @@ async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int
 
 
 def failure_of(fields: list[str]) -> PortexecError:
-    """The error that the fields of FAILED tell of."""
+    """The error that the fields of FAILED describe."""
     return of_status(int(fields[0]), fields[1], fields[2])
+
+
+def was_told_by_kernel(pid: int) -> bool:
+    """Whether a command whose shim was killed was sent TERM by the kernel, as `_live` asks for.
+
+    The kernel forgets the request when a program gets another user or group: PR_SET_PDEATHSIG(2const). In doubt it is False.
+    """
+    ours = credentials(os.getpid())
+    return bool(ours) and credentials(pid) == ours
 
 
 async def _receive_notify_fd(link: Link) -> int:
@@ -121,6 +138,8 @@ async def _receive_notify_fd(link: Link) -> int:
     message, ancillary, _, _ = link.socket.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
     if message[:1] == NOTIFY_FD and ancillary:
         return int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+    if message[:1] == EXHAUSTED:
+        raise OSError(0, message[1:].decode())
     code, _, why = message[1:].decode().partition("\0")
     raise RefusedError(_why_refused(int(code or 0), why or "the child ended"))
 
@@ -139,23 +158,24 @@ def _why_refused(code: int, why: str) -> str:
 # The child's side.
 
 
-def _live(link: Link, plan: Plan, rehearsal_port: int | None, parent: int, inbox: Inbox) -> NoReturn:
-    """Run the chain to its end. Never returns into the caller's code, which is the parent's.
+def _live(link: Link, parents_end: Link, plan: Plan, rehearsal_port: int | None, parent: int, inbox: Inbox) -> NoReturn:
+    """Run the chain to its end. Never returns into the caller's code, which is the parent's, nor raises into it.
 
-    Should the parent be killed, the kernel kills us, and sends the command TERM.
+    If the parent is killed, the kernel kills this child, or, after exec, sends the command TERM.
     """
     try:
+        parents_end.close()
         kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGKILL)
         if os.getppid() == parent and (rehearsal_port is None or _install(link)):
             listener = None if rehearsal_port is None else _rehearse(link, rehearsal_port)
-            if link.receive()[0] == GO:  # until then the listener has to be there: it is looked for
+            if link.receive()[0] == GO:  # until then the listener stays open, since the parent looks for it
                 if listener is not None:
                     listener.close()
                 kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGTERM)
                 inbox.restore()
                 _execute(link, plan)
     except (OSError, MemoryError) as error:
-        link.say(FAILED, STATUS_FAILURE, f"cannot start the command: {reason(error)}", "")
+        link.say(EXHAUSTED, reason(error))
     finally:
         os._exit(STATUS_FAILURE)
 
@@ -174,7 +194,7 @@ def _install(link: Link) -> bool:
 def _rehearse(link: Link, port: int) -> _socket.socket:
     """Bind and listen on a number of ours, as the command will; the outcome tells what admission can do on this machine.
 
-    The address is one that nobody uses, and need not exist. SO_REUSEADDR is for the gated form.
+    Nobody uses the address, and no interface needs to have it. SO_REUSEADDR is for the case that the socket is gated.
     """
     socket = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
     try:

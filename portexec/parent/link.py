@@ -1,7 +1,7 @@
 """Messages between two processes of portexec, over a pair of sockets that keeps them apart (SOCK_SEQPACKET, unix(7)).
 
-A message is one byte that says what it is, then fields with NUL between them. Each module that speaks over a link lists its
-words. The end of the socket is news, too: the other process has ended.
+A message is one byte that says of what kind it is, then fields with NUL between them. Each module that speaks over a link lists
+its kinds. The end of the socket is news, too: the other process has ended.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Link:
         return self.socket.fileno()
 
     def say(self, kind: bytes, *fields: object) -> None:
-        """Send a message. Nobody has to be there any more."""
+        """Send a message. It is lost without an error if the other process has ended."""
         if self.is_open:
             try:
                 self.socket.send(kind + os.fsencode(_SEPARATOR.join(map(str, fields))))
@@ -52,7 +52,7 @@ class Link:
         return messages
 
     def close(self) -> None:
-        """Close it. Once more does nothing."""
+        """Close this end. A second call does nothing."""
         self.is_open = False
         self.socket.close()
 
@@ -60,14 +60,14 @@ class Link:
         try:
             message = self.socket.recv(_MAX_MESSAGE, flags)
         except ConnectionResetError:
-            return self._receive(flags)  # it has ended without having read all; what it said before that is there
+            return self._receive(flags)  # the other process has ended without reading all; what it said can still be read
         if not message:
             self.close()
         return message[:1], os.fsdecode(message[1:]).split(_SEPARATOR)
 
 
 def pair(lowest: int) -> tuple[Link, Link]:
-    """Two linked ends, close-on-exec, under numbers from `lowest` on: where no descriptor of the command's is to be placed."""
+    """Two linked ends, close-on-exec, under numbers from `lowest` on, which are above the descriptors for the command."""
     one, other = (_moved_up(end, lowest) for end in _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET))
     return Link(one), Link(other)
 

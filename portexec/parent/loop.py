@@ -7,6 +7,7 @@
     await readable(fd)              until the descriptor can be read, or its other end has gone; also writable(fd)
     await event.wait()              until somebody calls event.set()
     await first(a(), b(), within=3) run them until one has ended, and close the others
+    await isolated(a(), around)     run one to its end, with all that it spawns, as `run` does, inside of another run
 
 How it behaves:
 
@@ -15,9 +16,11 @@ How it behaves:
   ended counts before the time that is over. So the order of simultaneous events stands in the program text.
 - To cancel is to close a coroutine: Python raises GeneratorExit where it waits, and its `finally` runs. The loop closes only
   between the steps of tasks, never from inside one, and the innermost first. A `finally` may not await: nobody would wait for
-  it. What has to be waited for at the end is not an affair of `finally`.
-- An exception in any task ends the run. All other tasks are closed, and `run` raises it. Who expects an exception catches it
-  inside the coroutine that is given to `spawn` or `first`; a plain `await f()` raises as ever.
+  it. So what has to be waited for at the end must not be in a `finally`.
+- An exception in any task ends the run, or the `isolated` part that the task belongs to. All other tasks of the run or part are
+  closed, and `run` or `isolated` raises the exception. An expected exception is to be caught inside the coroutine that `spawn`
+  or `first` is given; a plain `await f()` raises as ever.
+- A task that another task starts belongs to the same part as that one.
 - A descriptor that is closed while somebody waits for it wakes that task, whose next call fails with EBADF. Close the task
   first, since the number may soon be another file's.
 """
@@ -28,7 +31,7 @@ import errno
 import os
 import select
 import time
-from heapq import heapify, heappop, heappush
+from _heapq import heapify, heappop, heappush  # what heapq has them from
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +39,15 @@ if TYPE_CHECKING:
     from typing import Any, Protocol, TypeVar
 
     T = TypeVar("T")
+
+    class Around(Protocol):
+        """A context manager that can be entered again and again."""
+
+        def __enter__(self) -> object:
+            """A step of a task begins."""
+
+        def __exit__(self, *_: object) -> None:
+            """The step is over."""
 
     class HasFileno(Protocol):
         """A socket or a file."""
@@ -45,17 +57,18 @@ if TYPE_CHECKING:
 
 
 _LONGEST_POLL = 3600.0  # seconds; poll(2) takes an int of milliseconds, which ends after 24 days
-_FEW = 64  # timers, of which nobody has to care how many are waited for
+_FEW = 64  # timers that are kept without a look for those that no task waits for any more
 
 
 class Task:
     """A coroutine that the loop runs. `is_over`: it has ended or was closed; `result` is what it returned."""
 
-    __slots__ = ("coroutine", "group", "is_over", "result", "wait")
+    __slots__ = ("coroutine", "group", "is_over", "part", "result", "wait")
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], group: _Group | None = None) -> None:
         self.coroutine = coroutine
         self.group = group  # the `first` that it belongs to
+        self.part: _Part | None = None  # the `isolated` that it belongs to
         self.is_over = False
         self.result: Any = None
         self.wait: _Wait | None = None  # what it waits for at the moment
@@ -65,9 +78,9 @@ class Task:
 
 
 class _Wait:
-    """What one task waits for: a descriptor, a moment, an event, or the first of several coroutines."""
+    """What one task waits for: a descriptor, a moment, an event, the first of several coroutines, or a part of the run."""
 
-    __slots__ = ("deadline", "event", "fd", "group", "mask", "task")
+    __slots__ = ("deadline", "event", "fd", "group", "mask", "part", "task")
 
     def __init__(
         self,
@@ -77,12 +90,14 @@ class _Wait:
         deadline: float | None = None,
         event: Event | None = None,
         group: _Group | None = None,
+        part: _Part | None = None,
     ) -> None:
         self.fd = fd
         self.mask = mask
         self.deadline = deadline
         self.event = event
         self.group = group
+        self.part = part
         self.task: Task | None = None  # None again when it is over
 
     def __await__(self) -> Generator[_Wait, Any, Any]:
@@ -100,6 +115,20 @@ class _Group:
         self.wait: _Wait | None = None
 
 
+class _Part:
+    """A part of a run: one coroutine, all that it has spawned, and what is around each of their steps."""
+
+    __slots__ = ("around", "failure", "main", "number", "tasks", "wait")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], around: Around) -> None:
+        self.around = around
+        self.main = Task(coroutine)
+        self.failure: Exception | None = None
+        self.number = 0  # a part inside another one has a higher number
+        self.tasks: dict[Task, None] = {}
+        self.wait: _Wait | None = None
+
+
 class Event:
     """Something that happens once. Those that wait are woken in the order in which they came."""
 
@@ -114,7 +143,7 @@ class Event:
         return self._is_set
 
     def set(self) -> None:
-        """Wake all who wait. Once more does nothing."""
+        """Wake all tasks that wait. A second call does nothing."""
         self._is_set = True
         waiting, self.waiting = self.waiting, {}
         for wait, its_loop in waiting.items():
@@ -132,7 +161,7 @@ async def sleep(seconds: float) -> None:
 
 
 async def readable(file: int | HasFileno) -> int:
-    """Return when the descriptor can be read without blocking; what poll(2) found, of which POLLHUP may be all."""
+    """Return when the descriptor can be read without blocking; what poll(2) found, perhaps POLLHUP alone."""
     found: int = await _Wait(fd=_number(file), mask=select.POLLIN)
     return found
 
@@ -153,9 +182,23 @@ async def first(*coroutines: Coroutine[Any, Any, Any], within: float | None = No
     return winner
 
 
+async def isolated(coroutine: Coroutine[Any, Any, T], around: Around) -> T:
+    """Run a coroutine and what it spawns to its end, as a part of this run. Raises what any of them raises.
+
+    Afterwards nothing of the part is running. `around` is entered before each step of the part's tasks, and left after it.
+    """
+    part = _Part(coroutine, around)
+    await _Wait(part=part)
+    if part.failure is not None:
+        raise part.failure
+    result: T = part.main.result
+    return result
+
+
 def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
-    """Run a coroutine beside the others, until it ends or the run does."""
-    return _current().start(Task(coroutine))
+    """Run a coroutine beside the others, until it ends, or the run or the part of it that the caller belongs to."""
+    loop = _current()
+    return loop.start(Task(coroutine), loop.part)
 
 
 def after(seconds: float, call: Callable[[], object]) -> Task:
@@ -188,12 +231,14 @@ class _Loop:
         self.ready: list[tuple[Task, Any]] = []
         self.watched: dict[int, list[_Wait]] = {}
         self.timers: list[tuple[float, int, _Wait]] = []
-        self.ending: dict[_Group, None] = {}  # of which a coroutine has ended, or the time
+        self.ending: dict[_Group, None] = {}  # groups of which a coroutine has ended, or the time is over
+        self.ending_parts: dict[_Part, None] = {}
+        self.part: _Part | None = None  # of the task that makes a step
         self.poll = select.poll()
         self.count = 0
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        main = self.start(Task(coroutine))
+        main = self.start(Task(coroutine), None)
         try:
             while not main.is_over:
                 self.finish_round()
@@ -205,35 +250,65 @@ class _Loop:
         self.close_all(is_failing=False)
         return main.result
 
-    def start(self, task: Task) -> Task:
+    def start(self, task: Task, part: _Part | None) -> Task:
         self.tasks[task] = None
+        task.part = part
+        if part is not None:
+            part.tasks[task] = None
         self.ready.append((task, None))
         return task
 
     def finish_round(self) -> None:
-        """Run all that can go on; then decide one `first` after the other, the innermost before those around it."""
-        while self.ready or self.ending:
+        """Run all tasks that can go on; then end the parts that are over, and decide one `first` after the other.
+
+        An inner part or `first` comes before those around it.
+        """
+        while self.ready or self.ending_parts or self.ending:
             batch, self.ready = self.ready, []
             for task, value in batch:
                 if not task.is_over:
                     self.step(task, value)
-            if not self.ready and self.ending:
+            if not self.ready and self.ending_parts:
+                self.end_part(max(self.ending_parts, key=lambda part: part.number))
+            elif not self.ready and self.ending:
                 self.decide(max(self.ending, key=lambda group: group.number))
 
     def step(self, task: Task, value: Any) -> None:
         try:
-            wait = task.coroutine.send(value)
+            wait = self.within(task.part, lambda: task.coroutine.send(value))
         except StopIteration as end:
             task.is_over, task.result = True, end.value
-            del self.tasks[task]
+            self.forget(task)
             if task.group is not None:
                 self.ending[task.group] = None
+            if task.part is not None and task is task.part.main:
+                self.ending_parts[task.part] = None
             return
-        except BaseException:
+        except Exception as error:
             task.is_over = True
-            self.tasks.pop(task, None)
-            raise
+            self.forget(task)
+            if task.part is None:
+                raise
+            task.part.failure = task.part.failure or error
+            self.ending_parts[task.part] = None
+            return
         self.begin_wait(task, wait)
+
+    def within(self, part: _Part | None, act: Callable[[], Any]) -> Any:
+        """Make a step of a task of this part, or close it, inside of the part's `around`."""
+        if part is None:
+            return act()
+        outer, self.part = self.part, part
+        try:
+            with part.around:
+                return act()
+        finally:
+            self.part = outer
+
+    def forget(self, task: Task) -> None:
+        self.tasks.pop(task, None)
+        if task.part is not None:
+            task.part.tasks.pop(task, None)
 
     def begin_wait(self, task: Task, wait: _Wait) -> None:
         task.wait, wait.task = wait, task
@@ -251,7 +326,10 @@ class _Loop:
         if wait.group is not None:
             wait.group.number, wait.group.wait = self.count, wait
             for child in wait.group.tasks:
-                self.start(child)
+                self.start(child, task.part)
+        if wait.part is not None:
+            wait.part.number, wait.part.wait = self.count, wait
+            self.start(wait.part.main, wait.part)
 
     def wake(self, wait: _Wait, value: Any = None) -> None:
         if wait.task is not None:
@@ -269,7 +347,7 @@ class _Loop:
             wait.event.waiting.pop(wait, None)
 
     def watch(self, fd: int) -> None:
-        """Ask poll(2) for what is waited for on this descriptor."""
+        """Have poll(2) look for what tasks wait for on this descriptor."""
         waits = self.watched[fd]
         if waits:
             self.poll.register(fd, sum({wait.mask for wait in waits}))
@@ -288,8 +366,23 @@ class _Loop:
             self.close(task)
         self.wake(wait, winner)
 
+    def end_part(self, part: _Part) -> None:
+        """Close the tasks that are left of a part, the latest first, and wake the task that waits for the part."""
+        del self.ending_parts[part]
+        self.close_part(part)
+        if part.wait is not None:
+            self.wake(part.wait)
+
+    def close_part(self, part: _Part) -> None:
+        """Close the tasks of a part. The first failure of any of them is that of the part."""
+        while part.tasks:
+            try:
+                self.close(next(reversed(part.tasks)))
+            except Exception as error:
+                part.failure = part.failure or error
+
     def close(self, task: Task) -> None:
-        """Close a task and, before it, those of the `first` that it waits for."""
+        """Close a task and, before it, the tasks of the `first`, or of the part, that it waits for."""
         if task.is_over:
             return
         wait = task.wait
@@ -297,17 +390,20 @@ class _Loop:
             for child in wait.group.tasks if wait.group is not None else ():
                 self.close(child)  # which may raise; then `task` is left for close_all()
             self.end_wait(wait)
+            if wait.part is not None:
+                self.close_part(wait.part)
+                self.ending_parts.pop(wait.part, None)
         task.is_over = True
-        del self.tasks[task]
+        self.forget(task)
         try:
-            task.coroutine.close()
+            self.within(task.part, task.coroutine.close)
         except RuntimeError as error:
             if "ignored GeneratorExit" not in str(error):
                 raise
             raise RuntimeError(f"{task!r} awaits while it is closed; what is in its `finally` may not") from error
 
     def close_all(self, *, is_failing: bool) -> None:
-        """Close what is left, the latest first. The first failure of these is raised, unless there is one already."""
+        """Close all tasks that are left, the latest first. Raises the first failure of a close, unless the run has failed."""
         failure: BaseException | None = None
         while self.tasks:
             try:
@@ -320,7 +416,7 @@ class _Loop:
     def wait_for_news(self) -> None:
         """One poll(2): wake those whose descriptor has news, and then those whose time has come."""
         while self.timers and self.timers[0][2].task is None:
-            heappop(self.timers)  # it is not waited for any more
+            heappop(self.timers)  # no task waits for this one any more
         if not self.timers and not self.watched:
             raise RuntimeError(f"nothing can happen any more: {', '.join(map(repr, self.tasks))}")
         seconds = _LONGEST_POLL

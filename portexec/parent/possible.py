@@ -1,7 +1,8 @@
-"""Whether portexec can be the parent of a command here. Found out before anything is done, so that nothing ends half way.
+"""Whether portexec can be the parent of a command here. We find out before anything is done, so that nothing ends half way.
 
 A parent needs the C library (signalfd(2), prctl(2), seccomp(2)), orphans that become its own, and a /proc that shows its own
-processes: without one of them it could neither say when all has ended nor stop it. Whoever is merely executed needs none.
+processes. Without one of them it could neither tell when all processes have ended nor stop them. When portexec becomes the
+command, it needs none of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from portexec.errors import reason
 
 
 def why_not() -> str:
-    """Why it cannot; empty if it can. Then this process is from now on the one that orphans below it come to."""
+    """Why it cannot; empty if it can. If it can, orphans below this process become its children from now on."""
     return kernel.why_no_calls() or _why_no_processes() or _why_no_orphans()
 
 

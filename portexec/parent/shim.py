@@ -2,53 +2,56 @@
 
     portexec (policy: may be killed) -> shim (mechanism; subreaper) -> the command and all that it starts
 
-When portexec dies, however that happens, the link between them ends, and the shim stops the tree and undoes what the run has
-made. When the shim dies, its orphans become portexec's. So nothing is left running as long as not both are killed at once.
-A daemon that outlives its command under plain `guard` keeps its shim, which answers for its binds and has let go of all else.
+When portexec dies, however that happens, the link between them ends. Then the shim stops the tree and undoes what the run has
+made. When the shim dies, its orphans become portexec's. So nothing is left running unless both are killed at once.
+A daemon that outlives its command under plain `guard` keeps its shim. The shim answers the daemon's binds, and has closed all
+that it does not need for that.
 """
 
 from __future__ import annotations
 
+import _signal
+import gc
 import os
 import sys
 
 from portexec import kernel
 from portexec.command.undo import Undo
-from portexec.errors import STATUS_FAILURE, RefusedError, reason
-from portexec.kernel import STDERR, STDIN
+from portexec.errors import STATUS_FAILURE, RefusedError, reason, shortage, spare
+from portexec.kernel import STDERR
 from portexec.parent import link as links
-from portexec.parent import loop
+from portexec.parent import loop, protocol
 from portexec.parent.child import Child, fork_child, rehearse
 from portexec.parent.link import Link
-from portexec.parent.supervisor import Job, Supervisor
+from portexec.parent.loop import Event
+from portexec.parent.naming import name_shim
+from portexec.parent.signals import send
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import NoReturn
 
+    from portexec.parent.protocol import Job
     from portexec.parent.signals import Inbox
 
-# What portexec says, before what `supervisor` hears.
-PREPARE = b"p"  # fork the child that is to execute the command
-UNDO = b"u"  # an entry of the undo list
-GO = b"g"  # execute the command
-LEAVE = b"l"  # end; nothing runs, and nothing is to be undone
 
-# What the shim says.
-PREPARED = b"d"  # why binds have to be gated, or nothing: the child waits for the word
-REFUSED = b"r"  # why: this machine does not let us admit binds
-EXHAUSTED = b"x"  # why: no child could be started
-GONE = b"o"  # nothing of the command is left; it waits for LEAVE
+shims: dict[int, Shim] = {}  # the shims of this process by their pids, until they were waited for
 
 
 class Shim:
-    """Our end: the shim's pid and the link to it. `why_gated`: why a bind had to be, in the rehearsal."""
+    """A shim as portexec sees it: its pid and the link to it. `why_gated`: why the bind of the rehearsal had to be gated.
 
-    __slots__ = ("link", "pid", "why_gated")
+    `advised` is that of the job; what the shim tells is added. `has_gone`: the process has ended, and was waited for.
+    """
+
+    __slots__ = ("advised", "has_gone", "link", "pid", "why_gated")
 
     def __init__(self, job: Job, inbox: Inbox) -> None:
-        """Fork a shim for the job, which waits for the word. Raises OSError when resources run out."""
+        """Fork a shim for the job. It waits for the word to prepare. Raises OSError when resources run out."""
         self.why_gated = ""
+        self.has_gone = Event()
+        self.advised = job.advised
         self.link, shims_end = links.pair(job.plan.first_fd + len(job.plan.passed))
         try:
             self.pid = os.fork()
@@ -58,95 +61,141 @@ class Shim:
             raise
         if self.pid == 0:
             _live(shims_end, job, inbox)
+        shims[self.pid] = self
         shims_end.close()
 
-    def prepare(self) -> None:
-        """Have it fork the child that is to execute the command, and wait until that is ready to.
+    def ask_to_prepare(self) -> None:
+        """Have it fork the child that is to execute the command."""
+        self.link.say(protocol.PREPARE)
 
-        Raises RefusedError where binds cannot be admitted, OSError where no child could be started; the shim is gone then.
+    def wait_until_prepared(self) -> None:
+        """Wait until the child is ready to execute the command.
+
+        Raises RefusedError where binds cannot be admitted, OSError where no child could be started. The shim ends then.
         """
-        self.link.say(PREPARE)
         try:
-            self.take_prepared(*self.link.receive())
+            kind, fields = self.link.receive()
+            if kind == protocol.REFUSED:
+                raise RefusedError(fields[0])
+            if kind != protocol.PREPARED:
+                raise OSError(0, fields[0] or protocol.KILLED_EARLY)
+            self.why_gated = fields[0]
         except BaseException:
             self.leave()
             raise
 
-    def take_prepared(self, kind: bytes, fields: list[str]) -> None:
-        """Take its answer to PREPARE. Raises as `prepare`."""
-        if kind == REFUSED:
-            raise RefusedError(fields[0])
-        if kind != PREPARED:
-            raise OSError(0, fields[0] or "the process that was to start it was killed")
-        self.why_gated = fields[0]
+    def record(self, entry: Sequence[str]) -> None:
+        """There is one more entry on the undo list, of which the shim is the heir."""
+        self.link.say(protocol.UNDO, *entry)
 
-    def share(self, undo: Undo) -> None:
-        """Give it the undo list, for the case that portexec is killed."""
-        for entry in undo.entries:
-            self.link.say(UNDO, *entry)
+    def forget(self, entry: Sequence[str]) -> None:
+        """There is one entry less on the undo list."""
+        self.link.say(protocol.KEEP, *entry)
 
     def leave(self) -> None:
-        """End a shim that runs nothing, and wait for it. Who says so undoes what was made."""
-        self.link.say(LEAVE)
-        self.link.close()
-        self.wait()
+        """Let a shim end that runs nothing. The caller undoes what was made, or leaves it to another shim."""
+        self._let_end(protocol.LEAVE)
+
+    def undo(self) -> None:
+        """Let a shim that runs nothing undo what was made, and end."""
+        self._let_end(protocol.QUIT)
 
     def wait(self) -> None:
-        """Wait until the process has gone, unless it was waited for."""
+        """Wait until the process has ended, unless it was waited for. This blocks the whole loop."""
         try:
             os.waitpid(self.pid, 0)
         except ChildProcessError:
             pass
+        self.take_end()
+
+    def take_end(self) -> None:
+        """The process was waited for."""
+        shims.pop(self.pid, None)
+        self.has_gone.set()
+
+    def _let_end(self, word: bytes) -> None:
+        self.link.say(word)
+        self.link.close()
+        if self.pid in shims:
+            send(self.pid, _signal.SIGCONT)  # Ctrl-Z may have stopped it
 
 
 def _live(link: Link, job: Job, inbox: Inbox) -> NoReturn:
     """The shim's life. Never returns into the caller's code, which is portexec's."""
     try:
         inbox.close()
+        if job.is_apart:
+            os.setsid()
+        name_shim(job.plan.argv)
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
-        _close_ours({link.fileno(), *job.guard_descriptors(), *job.plan.passed, *job.plan.kept, *job.kept})
-        if not job.has_stdin:
-            _replace_stdin()
+        plan = job.plan
+        _close_ours({link.fileno(), *job.guard_descriptors(), *plan.passed, *plan.kept, *plan.streams.values(), *job.kept})
+        job.limit()
         _run(link, job, inbox)
         os._exit(0)
     except (OSError, MemoryError) as error:
-        link.say(EXHAUSTED, reason(error))
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+        spare.clear()
+        link.say(protocol.EXHAUSTED, reason(error))
+    except BaseException as error:
+        spare.clear()
+        short = shortage(error)
+        if short is None:
+            sys.excepthook(*sys.exc_info())
+        else:
+            link.say(protocol.EXHAUSTED, short.message)
     finally:
         os._exit(STATUS_FAILURE)
 
 
 def _run(link: Link, job: Job, inbox: Inbox) -> None:
-    """From word to word. The end of the link is the end of portexec."""
+    """Do what portexec says, word by word. The end of the link means that portexec has died."""
     undo = Undo()
-    word = _hear(link, undo)
-    child = _prepare(link, job, inbox) if word == PREPARE else None
+    word, _ = _hear(link, undo)
+    child = _prepare(link, job, inbox) if word == protocol.PREPARE else None
     if child is not None:
-        word = _hear(link, undo)
-        if word == GO:
-            loop.run(Supervisor(child, job, link, inbox).run())
+        word, early = _hear(link, undo)
+        while word == protocol.SIGNAL:  # for a command that is about to be executed
+            child.signal(int(early[0]))
+            word, early = _hear(link, undo)
+        if word == protocol.GO:
+            for number in map(int, filter(None, early)):
+                child.signal(number)
+            child.go()
+            _supervise(child, job, link, inbox)
         else:
             child.end()
-        link.say(GONE)
-        word = _hear(link, undo)
-    while word not in (LEAVE, links.ENDED):
-        word = _hear(link, undo)  # what comes too late
-    if word == links.ENDED:
+        link.say(protocol.GONE)
+        word, _ = _hear(link, undo)
+    while word not in (protocol.LEAVE, protocol.QUIT, links.ENDED):
+        word, _ = _hear(link, undo)  # a word that comes too late
+    if word != protocol.LEAVE:
         undo.run()
+    if word == links.ENDED:
+        job.tell_end()
 
 
-def _hear(link: Link, undo: Undo) -> bytes:
-    """The next word but UNDO, which is done."""
+def _supervise(child: Child, job: Job, link: Link, inbox: Inbox) -> None:
+    """Supervise the command. The modules that this needs are imported while the command starts."""
+    from portexec.parent.supervisor import Supervisor
+
+    gc.enable()
+    loop.run(Supervisor(child, job, link, inbox).run())
+
+
+def _hear(link: Link, undo: Undo) -> tuple[bytes, list[str]]:
+    """The next word, with its fields. UNDO and KEEP are done here, and not returned."""
     while True:
         kind, fields = link.receive()
-        if kind != UNDO:
-            return kind
-        undo.entries.append(fields)
+        if kind == protocol.UNDO:
+            undo.entries.append(fields)
+        elif kind == protocol.KEEP:
+            undo.entries.remove(fields)
+        else:
+            return kind, fields
 
 
 def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
-    inbox.read()  # signals from when there was nobody to get them
+    inbox.read()  # drop signals from before there was a command
     try:
         if job.guards:
             child = fork_child(job.plan, inbox, next(iter(job.guards)))
@@ -154,27 +203,18 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
         else:
             child = fork_child(job.plan, inbox)
     except RefusedError as refusal:
-        link.say(REFUSED, refusal)
+        link.say(protocol.REFUSED, refusal)
         return None
     except (OSError, MemoryError) as error:
-        link.say(EXHAUSTED, reason(error))
+        link.say(protocol.EXHAUSTED, reason(error))
         return None
-    os.chdir("/")  # the child has the command's directory, and nobody else keeps it busy
-    link.say(PREPARED, "" if child.admission is None else child.admission.why_gated)
+    os.chdir("/")  # the child has the command's directory; the shim must not keep it busy
+    link.say(protocol.PREPARED, "" if child.admission is None else child.admission.why_gated)
     return child
 
 
-def _replace_stdin() -> None:
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, STDIN)
-    if null == STDIN:
-        os.set_inheritable(STDIN, True)  # it was closed
-    else:
-        os.close(null)
-
-
 def _close_ours(keep: set[int]) -> None:
-    """Close what portexec has open for itself; what the command is to inherit, the user's own, stays."""
+    """Close what portexec has open for itself. The user's own descriptors, which the command inherits, stay open."""
     try:
         names = os.listdir("/proc/self/fd")
     except OSError as error:

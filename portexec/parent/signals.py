@@ -1,14 +1,14 @@
-"""Signals of portexec's processes: what is read, what is forwarded, stopping and continuing with the command.
+"""Signals of portexec's processes: which are read, which are forwarded, stopping and continuing with the command.
 
-All that is forwarded is blocked and read from a signalfd(2), which tells who sent it. What the terminal sends (Ctrl-C,
-Ctrl-Z, a new window size) it sends to the whole process group, the command included, so that is not forwarded.
+All signals that are forwarded are blocked, and read from a signalfd(2), which tells the sender. The terminal sends its signals
+(Ctrl-C, Ctrl-Z, a new window size) to the whole process group, the command included, so they are not forwarded.
 """
 
 from __future__ import annotations
 
 import _signal
 import os
-import struct
+from _struct import Struct  # what struct has it from
 
 from portexec import kernel
 
@@ -44,12 +44,12 @@ STOP_REQUESTS = frozenset({_signal.SIGTERM, _signal.SIGINT})
 _JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU})
 
 _INFO_SIZE = 128
-_INFO = struct.Struct("IiiI")  # the beginning of struct signalfd_siginfo: number, errno, code and the sender's pid
+_INFO = Struct("IiiI")  # the beginning of struct signalfd_siginfo: number, errno, code and the sender's pid
 _SENT_BY_KERNEL = 0x80  # SI_KERNEL, sigaction(2)
 
 
 class Received:
-    """One signal. `from_terminal`: the kernel sent it, and so to the whole foreground group; else `sender` is a pid."""
+    """One signal. `from_terminal`: the kernel sent it, to the whole foreground group; else `sender` is a pid."""
 
     __slots__ = ("from_terminal", "number", "sender")
 
@@ -62,7 +62,7 @@ class Received:
 class Inbox:
     """The signals of this process, blocked and to be read. `fileno` is readable when some are there; `close` ends it.
 
-    SIGCHLD is among them, and is not ignored for as long as the inbox lives, since then no status would be kept.
+    SIGCHLD is among them. It is not ignored while the inbox lives: if it were, the kernel would keep no status of children.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Inbox:
         self._fd = -1
 
     def fileno(self) -> int:
-        """The descriptor, made when it is asked for: a fork that asks has its own, and reads its own signals."""
+        """The descriptor, made at the first call. A fork that has closed it makes its own, and reads its own signals."""
         if self._fd < 0:
             self._fd = kernel.signalfd(self._numbers)
         return self._fd
@@ -91,7 +91,7 @@ class Inbox:
                 received.append(Received(number, sender, from_terminal=code == _SENT_BY_KERNEL))
 
     def restore(self) -> None:
-        """Give signals the mask and the disposition that they had; called in the child and before portexec itself executes."""
+        """Give signals their former mask and disposition. Called in the child, and where portexec becomes the command."""
         if self.child_handler_before is not None:
             _signal.signal(_signal.SIGCHLD, self.child_handler_before)
         for number in kernel.ENDING_SIGNALS:
@@ -100,16 +100,16 @@ class Inbox:
         _signal.pthread_sigmask(_signal.SIG_SETMASK, self.mask_before)
 
     def close(self) -> None:
-        """Give back the descriptor. Whoever asks for it again, as a fork does for its own signals, gets a new one."""
+        """Close the descriptor. `fileno` makes a new one when it is called again, as a fork does for its own signals."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def is_to_be_forwarded(signal: Received) -> bool:
-    """Whether it is for the command, and not only for us.
+    """Whether a signal is forwarded to the command.
 
-    A hang-up comes from the kernel to a session leader alone when its terminal goes away.
+    Signals of the terminal are not, except the hang-up when it goes away: that goes to the session leader alone.
     """
     if signal.number not in FORWARDED:
         return False
@@ -139,14 +139,14 @@ def has_children() -> bool:
 
 
 def has_died_of(wait_status: int, number: int) -> bool:
-    """Whether a command ended by this signal, or after it had caught it, as shells say so."""
+    """Whether a command was killed by this signal, or ended with the status that shells give for it."""
     if os.WIFSIGNALED(wait_status):
         return os.WTERMSIG(wait_status) == number
     return os.WIFEXITED(wait_status) and os.WEXITSTATUS(wait_status) == 128 + number
 
 
 def is_ignored(number: int) -> bool:
-    """Whether our caller had it ignored, as nohup(1) does with HUP and a shell with INT for what runs in the background."""
+    """Whether our caller had the signal ignored, as nohup(1) does with HUP, and shells with INT for jobs in the background."""
     return bool(_signal.getsignal(number) == _signal.SIG_IGN)
 
 
@@ -158,13 +158,17 @@ def send(pid: int, number: int) -> None:
         pass
 
 
-def stop_with(stop_signal: int) -> None:
-    """Stop as the command was stopped, so that the shell sees the job stop; returns when we are continued.
+def is_to_stop_us(stop_signal: int) -> bool:
+    """Whether to stop, too, when this signal has stopped the command, so that the shell sees the job stop.
 
     Without a terminal nobody would continue us, and the command's binds would wait for ever.
     """
-    if stop_signal in _JOB_CONTROL_STOPS and has_terminal():
-        os.kill(os.getpid(), _signal.SIGSTOP)
+    return stop_signal in _JOB_CONTROL_STOPS and has_terminal()
+
+
+def stop() -> None:
+    """Stop until we are continued. A CONT from before the stop is lost, so look just before whether there is reason to stop."""
+    os.kill(os.getpid(), _signal.SIGSTOP)
 
 
 def has_terminal() -> bool:

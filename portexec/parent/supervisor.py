@@ -1,7 +1,7 @@
 """Looks after one command, in its shim: from the word to go until nothing of it is left.
 
-It tells portexec what happens, forwards signals, reaps orphans, and stops the tree. What comes at once counts in this order,
-which stands in `_take` and `_has_ended`: the start of the command, its binds, its end, and then what we are told.
+It tells portexec what happens, forwards signals, reaps orphans, and stops the tree. Simultaneous events count in this order,
+which stands in `_take` and `_has_ended`: the start of the command, its binds, its end, and then what portexec tells us.
 """
 
 from __future__ import annotations
@@ -12,85 +12,30 @@ import time
 
 from portexec import kernel
 from portexec.admission.diagnosis import Diagnosis
+from portexec.admission.elsewhere import inspected
+from portexec.errors import STATUS_FAILURE
 from portexec.kernel import STDERR
 from portexec.parent import child as steps
 from portexec.parent import link as links
-from portexec.parent import signals, tree
+from portexec.parent import protocol, signals, tree
 from portexec.parent.loop import Event, first, readable, spawn
-from portexec.parent.witness import ALONE, Witness
-from portexec.procfs import Processes, is_ending
+from portexec.parent.witness import Witness
+from portexec.procfs import Processes, is_ending, is_stopped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from portexec.binding.guard import Guard
-    from portexec.command.plan import Plan
     from portexec.parent.child import Child
     from portexec.parent.link import Link
+    from portexec.parent.protocol import Job
     from portexec.parent.signals import Inbox
-
-# What portexec says.
-SIGNAL = b"n"  # number and sender: it was sent this
-STOP = b"s"  # number and sender: stop the tree; it was sent this
-DRAIN = b"a"  # tell the command to end, which may take its time
-KILL = b"k"  # stop the tree at once
-
-# What the supervisor says.
-STARTED = b"b"  # the command's pid
-FAILED = b"f"  # status, message, hint: the command cannot be executed
-LISTENING = b"i"  # port and address
-SIGNALLED = b"w"  # number: the shim alone was sent this
-ENDED = b"e"  # wait status of the command; whether it had been told to end; whether something is left that may serve
 
 # The states of a command.
 _STARTING = "starting"  # told to go
 _RUNNING = "running"
 _ENDED = "ended"
-_LEFT = "left"  # it has ended, and what it has left behind lives on
+_LEFT = "left"  # it has ended, and a daemon that it has left behind lives on
 
-_COMMAND_FIRST = 1.0  # seconds that a command has for its end before the rest of its tree is told; a shell waits for its child
-
-
-class Job:
-    """What a shim is to run, and how. Times are in seconds.
-
-    `guards` is empty where nothing is to be admitted. `patience` is how long a command that was told to stop may take before
-    KILL, None for as long as it takes; `kill_after` is the time that its tree has after it. `leaves_daemons`: what a command
-    leaves behind when it ends by itself goes on. `has_stdin`: the command gets our standard input, else /dev/null. `kept` are
-    descriptors of portexec whose other end is to see them closed only when nothing is left of the command.
-    """
-
-    __slots__ = ("guards", "has_stdin", "kept", "kill_after", "leaves_daemons", "patience", "plan", "quiet", "remap", "verbose")
-
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        kill_after: float,
-        patience: float | None,
-        guards: Mapping[int, Guard],
-        remap: Mapping[int, int],
-        leaves_daemons: bool,
-        has_stdin: bool,
-        kept: set[int],
-        quiet: bool,
-        verbose: bool,
-    ) -> None:
-        self.plan = plan
-        self.kill_after = kill_after
-        self.patience = patience
-        self.guards = guards
-        self.remap = remap
-        self.leaves_daemons = leaves_daemons
-        self.has_stdin = has_stdin
-        self.kept = kept
-        self.quiet = quiet
-        self.verbose = verbose
-
-    def guard_descriptors(self) -> set[int]:
-        """The descriptors of the guards that binds are admitted past."""
-        return {guard.fileno() for guard in self.guards.values()}
+_COMMAND_FIRST = 1.0  # seconds from telling the command to end to telling the rest of its tree; a shell waits for its child
 
 
 class Supervisor:
@@ -103,16 +48,16 @@ class Supervisor:
         self.inbox = inbox
         self.front = os.getppid()
         self.diagnosis = _Report(job, link)
-        self.witness = Witness(lambda number: link.say(SIGNALLED, number))
+        self.witness = Witness(lambda number: link.say(protocol.SIGNALLED, number))
         self.state = _STARTING
         self.told = _Request()
         self.ended = Event()
         self.childless = Event()
         self.was_interrupted = False  # by Ctrl-C, which the command may have a use for
+        self.may_be_told = False  # a signal that ends programs has come to us, and so perhaps to the command
 
     async def run(self) -> None:
-        """Let the command go, and return when nothing is left of it, nor of a daemon that has outlived it."""
-        self.child.go()
+        """Return when nothing is left of the command, which was told to go, and nothing of a daemon that has outlived it."""
         unfiltered = Event()
         if self.child.admission is not None:
             self.child.admission.observer = self.diagnosis
@@ -150,16 +95,18 @@ class Supervisor:
     def _take_start(self) -> None:
         for kind, fields in self.child.link.received():
             if kind == steps.FAILED:
-                self.link.say(FAILED, *fields)
+                self.link.say(protocol.FAILED, *fields)
+            elif kind == steps.EXHAUSTED:
+                self.link.say(protocol.FAILED, STATUS_FAILURE, f"cannot start the command: {fields[0]}", "")
             elif self.state == _STARTING:
-                self.link.say(STARTED, self.child.pid)
+                self.link.say(protocol.STARTED, self.child.pid)
                 if self.job.leaves_daemons:
-                    # Whoever waits for the end of a pipe of the command's is not to wait for us.
+                    # A process that waits for the end of a pipe of the command must not wait for us.
                     kernel.keep_only({*self._descriptors(), STDERR})
             self.state = _RUNNING
 
     def _has_ended(self, wait_status: int) -> None:
-        """Act upon the end of the command, after all that it said before."""
+        """Act upon the end of the command, after all that it did before."""
         self._take_start()
         if self.child.admission is not None:
             self.child.admission.serve()
@@ -167,31 +114,35 @@ class Supervisor:
         is_told = self.told.was_alive or self.told.to_drain or was_interrupted
         if not is_told and os.WIFEXITED(wait_status):
             self.diagnosis.ended(os.WEXITSTATUS(wait_status))
+        is_expected = is_told or self.may_be_told or self.job.leaves_daemons
+        if not (is_expected or wait_status) and signals.has_children():
+            self.diagnosis.went_to_the_background()
         is_left = self.job.leaves_daemons and not is_told and signals.has_children()
         self.state = _LEFT if is_left else _ENDED
         if is_left:
             self._let_go()
-        self.link.say(ENDED, wait_status, "told" if is_told else "", "left" if is_left else "")
+        self.link.say(protocol.ENDED, wait_status, "told" if is_told else "", "left" if is_left else "")
         if is_left:
             self.link.close()
         self.ended.set()
 
     def _let_go(self) -> None:
-        """Keep nothing but what it takes to answer for the binds of a daemon: not the session, no directory, no output pipe."""
+        """Keep only what it takes to answer the binds of a daemon: leave the session, the directory, and output pipes."""
         os.setsid()
         os.chdir("/")
         kernel.keep_only(self._descriptors())
         if self.child.admission is not None:
-            self.child.admission.observer = Diagnosis((), quiet=True, verbose=False)
+            self.child.admission.observer = Diagnosis((), is_named=False, quiet=True, verbose=False)
 
     def _descriptors(self) -> set[int]:
-        """All that we need from now on, but for standard error."""
+        """The descriptors that we need from now on, without standard error."""
         ours = {self.inbox.fileno(), self.link.fileno(), *self.job.guard_descriptors()}
-        return ours if self.child.admission is None else {*ours, self.child.admission.notify_fd}
+        return ours if self.child.admission is None else ours | self.child.admission.descriptors()
 
     # What we are told.
 
     def _take_signal(self, signal: signals.Received) -> None:
+        self.may_be_told = self.may_be_told or signal.number in kernel.ENDING_SIGNALS
         if signal.number == _signal.SIGCHLD:
             self._reap()
         elif signal.from_terminal:
@@ -201,28 +152,28 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Take the status of every child that ended or stopped: the command, and orphans that became ours."""
-        for pid, status in list(signals.reap()):  # all, before it is asked whether anything is left
+        for pid, status in list(signals.reap()):  # take all, before `_has_ended` looks whether children are left
             if pid == self.child.pid and os.WIFSTOPPED(status):
-                if not self.told.to_stop.is_set():
-                    signals.stop_with(os.WSTOPSIG(status))
+                if not self.told.to_stop.is_set() and signals.is_to_stop_us(os.WSTOPSIG(status)) and is_stopped(pid):
+                    signals.stop()
             elif pid == self.child.pid:
                 self._has_ended(status)
         if not signals.has_children():
             self.childless.set()
 
     def _take_word(self, kind: bytes, fields: list[str]) -> None:
-        if kind == SIGNAL:
+        if kind == protocol.SIGNAL:
             self._pass_on(int(fields[0]), int(fields[1]))
-        elif kind == STOP:
+        elif kind == protocol.STOP:
             self._be_told(int(fields[0]), int(fields[1]))
-        elif kind == DRAIN:
+        elif kind == protocol.DRAIN:
             self.told.to_drain = True
             self._send(_signal.SIGTERM)
-        elif kind == KILL:
+        elif kind == protocol.KILL:
             self.told.at_once.set()
-            self._be_told(_signal.SIGTERM, ALONE)
+            self._be_told(_signal.SIGTERM, protocol.ALONE)
         elif kind == links.ENDED:
-            self._be_told(_signal.SIGTERM, ALONE)
+            self._be_told(_signal.SIGTERM, protocol.ALONE)
 
     def _be_told(self, number: int, sender: int) -> None:
         """Begin to stop the tree, once."""
@@ -233,7 +184,7 @@ class Supervisor:
         self._pass_on(number, sender, number if self.job.leaves_daemons else _signal.SIGTERM)
 
     def _pass_on(self, number: int, sender: int, sent: int | None = None) -> None:
-        """Send the command what portexec was sent, or another signal for it, unless the whole group was sent it."""
+        """Send the command the signal that portexec was sent, or `sent` instead, unless the whole group was sent it."""
 
         def decide(was_sent_to_all: bool) -> None:
             if was_sent_to_all and self._is_in_our_group():
@@ -247,7 +198,7 @@ class Supervisor:
         try:
             return os.getpgid(self.child.pid) == os.getpgrp() and os.getsid(self.child.pid) == os.getsid(0)
         except OSError:
-            return True  # it has ended, and needs nothing any more
+            return True  # it has ended, and needs no signal any more
 
     def _send(self, number: int) -> None:
         if not self.ended.is_set():
@@ -258,9 +209,10 @@ class Supervisor:
     # The end.
 
     async def _stop(self) -> None:
-        """The command first, then what was there at the request, once each; KILL when the time is over or we are told again.
+        """Stop the tree. The command is told first. Then all processes that lived at the request are told, once each.
 
-        What is born later is not told: those are the helpers that a shell's trap cleans up with.
+        KILL follows when the time is over or we are told again. Processes that started after the request are not told: they are
+        the helpers by which a shell's trap cleans up.
         """
         if self.childless.is_set():
             return
@@ -277,7 +229,7 @@ class Supervisor:
     def _tell_the_rest(self) -> None:
         if self.childless.is_set():
             return
-        processes = Processes()
+        processes = Processes(os.getpid())
         rest = (processes.below(os.getpid()) & self.told.alive) - {self.child.pid}
         if self.told.was_sent_to_all:
             rest = {pid for pid in rest if not _is_in_group(pid)}
@@ -293,16 +245,16 @@ class _Request:
         self.to_stop = Event()
         self.at_once = Event()
         self.was_alive = False  # the command was not about to end by itself
-        self.to_drain = False  # the command was told to end, and nothing else
+        self.to_drain = False  # the command alone was told to end, and has no time limit
         self.alive: set[int] = set()
         self.stopped: set[int] = set()  # by job control
-        self.was_sent_to_all = False  # by whoever made the request
+        self.was_sent_to_all = False  # the sender of the request has sent the signal to the whole group
 
     def begin(self) -> None:
-        """Note who is alive now. Once more does nothing."""
+        """Note which processes live now. A second call does nothing."""
         if not self.to_stop.is_set():
             self.to_stop.set()
-            processes = Processes()
+            processes = Processes(os.getpid())
             self.alive, self.stopped = processes.below(os.getpid()), processes.stopped
 
 
@@ -310,13 +262,19 @@ class _Report(Diagnosis):
     """Says on stderr what `Diagnosis` does, and to portexec where the command listens."""
 
     def __init__(self, job: Job, link: Link) -> None:
-        super().__init__(job.guards, quiet=job.quiet, verbose=job.verbose)
+        inner = inspected(job.plan.argv)
+        super().__init__(job.guards, is_named=job.names_port, quiet=job.quiet, verbose=job.verbose, inner=inner)
         self.link = link
+        self.advised = job.advised
+
+    def _advise(self, about: str, *lines: str) -> None:
+        super()._advise(about, *lines)
+        self.link.say(protocol.ADVISED, about)
 
     def listening(self, port: int, host: str) -> None:
         """The command listens on a number of ours."""
         super().listening(port, host)
-        self.link.say(LISTENING, port, host)
+        self.link.say(protocol.LISTENING, port, host)
 
 
 def _is_in_group(pid: int) -> bool:

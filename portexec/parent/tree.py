@@ -1,7 +1,7 @@
-"""Stopping what is below a subreaper. As long as there is anything, one of its processes is a child of the subreaper.
+"""Stopping the processes below a subreaper. As long as there are any, one of them is a child of the subreaper.
 
-A look at /proc can miss who forks and ends meanwhile. A child stays there until it is waited for, dead or alive, so it is over
-when there is no child.
+A look at /proc can miss a process that forks and ends meanwhile. A child remains, dead or alive, until it is waited for. So
+all have ended when there is no child.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from portexec.procfs import Processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Set
+    from collections.abc import Callable, Iterable, Set
 
-_SHORTEST_PAUSE = 0.005  # seconds between two rounds of KILL, for what forks meanwhile; the deaths of children end it earlier
+_SHORTEST_PAUSE = 0.005  # seconds between two rounds, for processes that fork meanwhile
 _LONGEST_PAUSE = 0.2
 _LONGER = 1.5
 
 
 def tell(pids: Iterable[int], number: int, processes: Processes) -> None:
-    """Send a signal to each of these. One that was stopped by Ctrl-Z can act on it only when it goes on."""
+    """Send a signal to each of these, and CONT to those that Ctrl-Z has stopped: else they could not act on it."""
     for pid in pids:
         send(pid, number)
         if pid in processes.stopped:
@@ -32,30 +32,32 @@ def tell(pids: Iterable[int], number: int, processes: Processes) -> None:
 
 
 async def kill_below(is_childless: Event, spare: Set[int] = frozenset()) -> None:
-    """KILL to all that is below this process, but for those of `spare` and what is below them, until nothing is left."""
+    """Send KILL to all below this process, except those in `spare` and those below them, until nothing is left."""
     pause = _SHORTEST_PAUSE
     while not is_childless.is_set():
-        for pid in Processes().below(os.getpid(), spare):
+        for pid in Processes(os.getpid()).below(os.getpid(), spare):
             send(pid, _signal.SIGKILL)
         await first(is_childless.wait(), within=pause)
         pause = min(_LONGER * pause, _LONGEST_PAUSE)
 
 
-async def clear_away(spare: Set[int], kill_after: float, is_hurried: Event) -> None:
-    """TERM, and KILL so many seconds later, to all that is below this process, until only those of `spare` are left.
+async def clear_away(
+    spared: Callable[[], Set[int]], kill_after: float, is_hurried: Event, told: Set[int] = frozenset()
+) -> None:
+    """Send TERM, and KILL `kill_after` seconds later, to all below this process, until only `spared()` ones are left.
 
-    Cheap where nothing is. For the process that has children which are not its own to stop.
+    For a process with children that are not its own to stop. `told` are those that have had TERM already. Cheap where there is
+    nothing to stop.
     """
     deadline = time.monotonic() + kill_after
-    told: set[int] = set()
     pause = _SHORTEST_PAUSE
     while has_children():
-        processes = Processes()
+        spare, processes = spared(), Processes()
         if spare >= set(processes.children.get(os.getpid(), ())):
             return
         is_over = is_hurried.is_set() or time.monotonic() > deadline
         below = processes.below(os.getpid(), spare)
         tell(below if is_over else below - told, _signal.SIGKILL if is_over else _signal.SIGTERM, processes)
-        told |= below
+        told = told | below
         await sleep(pause)
         pause = min(_LONGER * pause, _LONGEST_PAUSE)
