@@ -6,8 +6,8 @@ from portexec.request import ALWAYS, ON_FAILURE
 
 FIRST_DELAY = 0.1  # seconds before the first restart; each further one waits twice as long
 LONGEST_DELAY = 10.0
-GOOD_TIME = 10.0  # seconds: a command that was ready for so long begins anew with the delays
-FAILURES = 5  # so many ends in a row, none of them ready, are enough
+GOOD_TIME = 10.0  # seconds; after a command that was ready for longer, the delays begin anew
+FAILURES = 5  # ends in a row, each before the command was ready; then it is not started again
 
 
 class Backoff:
@@ -30,7 +30,7 @@ class Backoff:
         return Backoff(min(2 * self.delay, LONGEST_DELAY), self.failures)
 
     def has_had_enough(self) -> bool:
-        """Whether another start is not worth it."""
+        """Whether the command ended too often before it was ready."""
         return self.failures >= FAILURES
 
 

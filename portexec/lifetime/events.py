@@ -1,4 +1,4 @@
-"""What a run says to whoever looks on: people on stderr, and programs at `--ready-fd` and `--control-fd`."""
+"""What a run tells: people on stderr, programs at `--ready-fd` and `--control-fd`, and the registry."""
 
 from __future__ import annotations
 
@@ -7,102 +7,133 @@ import select
 import time
 
 from portexec.command.publish import announcement, described
+from portexec.errors import reason
 from portexec.kernel import STDERR
-from portexec.parent.loop import sleep, spawn, writable
-from portexec.say import say
+from portexec.parent.loop import sleep, writable
+from portexec.say import moments, say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from portexec.binding.listeners import Listener
-    from portexec.control import Events
     from portexec.launch import Launch
-
-_PROGRESS = (5, 15, 30, 60)  # seconds after which a person who waits is told for what; then each minute
+    from portexec.lifetime.program import Program
+    from portexec.names.registry import Claim
 
 
 class Reporter:
-    """Says what is to be said, and what nobody wants to hear does not."""
+    """Tells each of these what it wants to hear. `claim` is the run's name, if it has one."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, claim: Claim | None, program: Program | None) -> None:
+        self.claim = claim
+        self.program = program
+        self._was_driven = program is not None
         self.hand_off = launch.choice.hand_off
         self.first_fd = launch.first_fd
         self.ready_fd = launch.request.lifetime.ready_fd
-        self._control_fd = launch.request.lifetime.control_fd
-        self._events = None if self._control_fd is None else _events(self._control_fd)
-        self._is_behind = False
         self.is_quiet = launch.request.chosen.quiet
         self.is_verbose = launch.request.chosen.verbose
         self.is_json = launch.request.chosen.json
+        self._as_json = None if self.ready_fd is None else _encoder()
+        self._last: int | None = None  # how the current command ended, if it has
         self._said: set[str] = set()  # other addresses than those that were announced
 
     @property
     def has_announced(self) -> bool:
         """Whether people were told where the command will serve."""
-        return not self.is_quiet and not self.is_json and self._control_fd is None
+        return not self.is_quiet and not self.is_json and not self._was_driven
+
+    @property
+    def is_driven(self) -> bool:
+        """Whether a program follows the events, and tells its people itself what has become of the command."""
+        return self.program is not None
 
     def announce_others(self, announced: Sequence[Listener], found: Sequence[Listener]) -> None:
-        """Announce the listeners that serve elsewhere than it was announced, once each."""
-        others = [now for before, now in zip(announced, found, strict=True) if now.host != before.host]
+        """Announce the listeners that serve on another host than the announced one, once each."""
+        others = [now for before, now in zip(announced, found, strict=True) if now.told_host != before.told_host]
         new = [line for line in announcement(others, named=len(announced) > 1) if line not in self._said]
         self._said.update(new)
         say(*new)
+        if new and (lost := [before for before, now in zip(announced, found, strict=True) if before.known_as != now.known_as]):
+            self.note(f"{lost[0].known_as} does not lead there: the command listens where other machines cannot reach it")
 
     def error(self, text: str) -> None:
         """Something has failed, and the run goes on."""
         say(f"error: {text}")
 
-    def note(self, text: str) -> None:
-        """Something that a person should know."""
+    def note(self, text: str, hint: str = "") -> None:
+        """Something that a person should know, and what may help."""
         if not self.is_quiet:
-            say(f"note: {text}")
+            say(f"note: {text}", *([f"hint: {hint}"] if hint else []))
 
     def detail(self, text: str) -> None:
         """Something for `-v`."""
         if self.is_verbose:
             say(text)
 
-    async def show_progress(self, what: Callable[[], str]) -> None:
-        """Tell from time to time what the command is waited for to do. Never returns."""
-        began, passed = time.monotonic(), 0
-        while True:
-            passed = next((moment for moment in _PROGRESS if moment > passed), passed + _PROGRESS[-1])
-            await sleep(began + passed - time.monotonic())
-            self.note(f"{passed} s: waiting for the command to {what()}")
+    async def show_progress(self, who: str, what: Callable[[], str]) -> None:
+        """Say from time to time what we wait for the command, or a new start of it, to do. Never returns."""
+        began = time.monotonic()
+        for moment in moments():
+            await sleep(began + moment - time.monotonic())
+            if not self.is_driven:
+                self.note(f"{moment} s: waiting for {who} to {what()}")
 
     def tell(self, event: str, **fields: object) -> None:
-        """An event for the program at the control descriptor, which may be slow to read."""
-        if self._events is not None and not self._events.tell(event, **fields) and not self._is_behind:
-            self._is_behind = True
-            spawn(self._catch_up(self._events))
+        """An event for the program that drives the run."""
+        if self.program is not None:
+            self.program.tell(event, **fields)
 
-    async def _catch_up(self, events: Events) -> None:
-        while not events.flush():
-            assert self._control_fd is not None  # noqa: S101  # they are for it
-            await writable(self._control_fd)
-        self._is_behind = False
+    def let_go(self) -> None:
+        """Tell the program that drives the run nothing more."""
+        self.program = None
 
-    def finish(self) -> None:
-        """The run is over. Who is slow gets a last chance to read the events."""
-        if self._events is not None:
-            self._events.finish()
+    def finish(self, wait_status: int, *, is_told: bool) -> None:
+        """The run is over. If it was told to stop, the registry gets the end of the command instead of the end of the run."""
+        if self.program is not None:
+            self.program.finish()
+        self._register(lambda claim: claim.tell_ended(self._last if is_told else wait_status, is_stopped=is_told))
 
-    def tell_bound(self, listeners: Sequence[Listener]) -> None:
-        """What was bound, for that program, before the command starts."""
-        self.tell("bound", hand_off=self.hand_off, listeners=described(listeners, self.first_fd))
+    def tell_started(self, pid: int, *, is_asked_for: bool) -> None:
+        """Tell that a command runs. `is_asked_for`: a program has asked for it, by a restart."""
+        self._last = None
+        self.tell("started", pid=pid, asked_for=is_asked_for)
+
+    def tell_idle(self, *, is_asked_for: bool) -> None:
+        """Tell that the next command waits for its first connection."""
+        self.tell("idle", asked_for=is_asked_for)
 
     def tell_ready(self, pid: int, listeners: Sequence[Listener]) -> None:
-        """That the command is ready, and where it really listens."""
-        self.tell("ready", pid=pid, listeners=described(listeners, self.first_fd))
+        """Tell that the command is ready, and where it really listens."""
+        told = described(listeners, self.first_fd)
+        self._register(lambda claim: claim.tell_ready(pid, told))  # first: the program may look there as soon as it is told
+        self.tell("ready", pid=pid, listeners=told)
+
+    def tell_ended(self, wait_status: int, *, by_itself: bool, is_current: bool) -> None:
+        """Tell that a command has ended. After the end of the current one, nothing serves until there is another."""
+        self.tell("ended", status=wait_status, by_itself=by_itself)
+        if is_current:
+            self._last = wait_status
+            self._register(lambda claim: claim.tell_starting())
+
+    def tell_stopping(self) -> None:
+        """Tell that the run is to end."""
+        self._register(lambda claim: claim.tell_stopping())
+
+    def _register(self, change: Callable[[Claim], None]) -> None:
+        """Tell the registry. A full disk is no reason to stop a server."""
+        if self.claim is not None:
+            try:
+                change(self.claim)
+            except OSError as error:
+                self.note(f"the registry cannot be told what became of {self.claim.entry.name}: {reason(error)}")
 
     async def announce_ready(self, command_pid: int, listeners: Sequence[Listener]) -> None:
         """One JSON line to the descriptor of `--ready-fd`, which is closed then. A slow reader keeps nobody else waiting."""
         fd, self.ready_fd = self.ready_fd, None
-        if fd is None:
+        if fd is None or self._as_json is None:
             return
-        import json
-
         told = {
             "pid": os.getpid(),
             "command_pid": command_pid,
@@ -110,17 +141,18 @@ class Reporter:
             "listeners": described(listeners, self.first_fd),
         }
         try:
-            await _write(fd, json.dumps(told).encode() + b"\n")
+            await _write(fd, self._as_json(told).encode() + b"\n")
         except OSError:
             pass  # nobody wants to know any more
         if fd > STDERR:
             os.close(fd)
 
 
-def _events(fd: int) -> Events:
-    from portexec import control
+def _encoder() -> Callable[[object], str]:
+    """Import it while the command starts: when the command is ready, a program waits for the line."""
+    from portexec.plainjson import dumps
 
-    return control.Events(fd)
+    return dumps
 
 
 async def _write(fd: int, data: bytes) -> None:

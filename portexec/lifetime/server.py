@@ -1,9 +1,9 @@
-"""The server over several starts: each from the word to go until it is ready and to its end, and what follows from that.
+"""The server over several starts: each from its beginning until it is ready and to its end, and what follows from that.
 
 restart      the command has ended, or a program asks for it: another start follows, after a pause
 replacement  HUP: another start begins beside the old one, which is told to end when the new one is ready (`replacement`)
 
-One task decides what comes next, so that one thing follows the other. The number is guarded all the time.
+One task decides what comes next, so that only one thing happens at a time. The number is guarded all the time.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import time
 
 from portexec.command.plan import GUARD
-from portexec.errors import NotReady, PortexecError, how_it_ended, reason
+from portexec.errors import CloseOnError, NotReady, PortexecError, how_it_ended, reason
 from portexec.lifetime.backoff import Backoff, is_wanted
 from portexec.lifetime.readiness import Readiness
 from portexec.lifetime.replacement import replace
-from portexec.lifetime.start import ENDED, GONE, IDLE, RUNNING, Start
+from portexec.lifetime.start import ENDED, GONE, IDLE, PREPARING, READY, RUNNING, Start
+from portexec.lifetime.unready import Unready
 from portexec.parent.loop import Event, first, readable, sleep, spawn
 from portexec.procfs import descendants
 from portexec.request import NO, NONE
@@ -24,61 +25,68 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from portexec.command.plan import Plan
     from portexec.launch import Launch
     from portexec.lifetime.events import Reporter
 
-# What may be asked for.
+# What others may ask of a server.
 RESTART = "restart"
 REPLACE = "replace"
 GIVE_UP = "give up"
 
 _OTHER_ADDRESSES = 0.1  # seconds in which a server that listens on one address takes others, too
-_REPLACEMENT_TIMEOUT = 60.0  # seconds for a new start beside an old one to become ready, where nothing else was said
+_REPLACEMENT_TIMEOUT = 60.0  # seconds for a new start beside an old one to become ready, without --ready-timeout
 
 
 class Server:
     """The starts of one server, of which `current` is the one that counts.
 
-    `make_start` makes another one, which is then among those that the run follows; it raises OSError when resources run out.
+    `make_start` makes another start by a plan, and the run follows it. It raises OSError when resources run out.
+    `stopped` happens when it is decided that the run ends: no start follows then.
     `listeners` are those of the launch, at the addresses where the command was last seen to listen.
     """
 
-    def __init__(self, launch: Launch, reporter: Reporter, make_start: Callable[[], Start], current: Start) -> None:
+    def __init__(
+        self, launch: Launch, reporter: Reporter, make_start: Callable[[Plan], Start], current: Start, stopped: Event
+    ) -> None:
         self.launch = launch
         self.lifetime = launch.request.lifetime
         self.reporter = reporter
         self.make_start = make_start
         self.current = current
-        self.starts: list[Start] = []  # of which something is alive
+        self.stopped = stopped
+        self.starts: list[Start] = []  # the starts of which something is alive
         self.listeners = list(launch.bound.listeners)
         self.is_ready = Event()  # for the first time
+        self.has_given_up = False  # the command has ended too often before it was ready; people were told
         self._ready = self.lifetime.ready_for(launch.choice.hand_off)
-        self._asked: dict[str, PortexecError | None] = {}  # in the order in which it was asked for
+        self._asked: dict[str, PortexecError | None] = {}  # what others have asked for, in order
         self._news = Event()
         self._is_over = False  # no other start is to follow
 
     def can_replace(self) -> bool:
-        """Whether HUP means a replacement: two starts can share sockets that we pass on, and no number."""
+        """Whether HUP means a replacement: two starts can share sockets that we pass on, but cannot bind the same number."""
         return self.lifetime.restart != NO and self.launch.first_fd is not None
 
     def ask(self, what: str, error: PortexecError | None = None) -> None:
-        """Ask for something that is to come next; asked for twice before it is done, it is one request."""
+        """Ask for something to be done next. Two requests for the same thing before it is done are one."""
         self._asked.setdefault(what, error)
         self._news.set()
 
     def start_of(self, pid: int) -> Start:
-        """The start below whose shim the process is; the newest where nobody knows."""
+        """The start below whose shim the process is; the newest where that is not known."""
         newest = self.starts[-1] if self.starts else self.current
         if len(self.starts) < 2:
             return newest
         return next((each for each in self.starts if pid in descendants(root=each.shim.pid)), newest)
 
     async def run(self) -> PortexecError | None:
-        """Live until there is to be no other start. Returns what went wrong, if it is not just the end of the command."""
+        """Live until no other start is to follow. Returns what went wrong; None if the command has just ended."""
         self.follow(self.current)
         backoff = Backoff()
         while True:
             await first(self.current.reaches(ENDED), self._is_asked())
+            await self._unless_stopped()
             if self.current.has_reached(ENDED):
                 backoff, error = await self._go_on(backoff)
             elif GIVE_UP in self._asked:
@@ -87,10 +95,18 @@ class Server:
                 error = await self._restart()
             else:
                 self._take(REPLACE)
-                self.current = await replace(self.current, self._begin_beside, self.reporter)
+                self.current, problem = await replace(self.current, self._begin_beside, self.reporter)
+                await self._unless_stopped()
+                if problem:
+                    self.reporter.error(problem)
                 error = None
             if error is not None or self._is_over:
                 return error
+
+    async def _unless_stopped(self) -> None:
+        """Return if the run goes on. If it is stopping, wait until the run closes this task."""
+        if self.stopped.is_set():
+            await Event().wait()
 
     async def _is_asked(self) -> None:
         while not self._asked:
@@ -106,21 +122,22 @@ class Server:
     # What follows an end.
 
     async def _go_on(self, backoff: Backoff) -> tuple[Backoff, PortexecError | None]:
-        """After the end of the current start: another one, or the end of all."""
+        """After the end of the current start: begin another one, or end the server."""
         end = self.current.end
         assert end is not None  # noqa: S101  # that is what ENDED means
-        since = self.current.ready_since
+        since = self.current.course.since.get(READY)
         backoff = backoff.after_end(None if since is None else end.at - since)
         if end.failure is not None or not self._is_another_wanted(backoff):
             self._is_over = True
             return backoff, end.failure
         self.reporter.note(f"the command ended ({how_it_ended(end.wait_status)}); restart in {backoff.delay:g} s")
         await self.current.reaches(GONE)
-        error = self._make_next()  # before the pause: should portexec be killed in it, the shim undoes what was made
+        error = await self._make_next()  # before the pause: if portexec is killed in the pause, its shim undoes what was made
         if error is None:
             await first(self.current.reaches(ENDED), self._is_asked(), sleep(backoff.delay))
+            await self._unless_stopped()
             self._take(REPLACE)
-            self._take(RESTART)
+            self.current.is_asked_for = self._take(RESTART)
             self._begin_next()
         return backoff.after_delay(), error
 
@@ -128,55 +145,77 @@ class Server:
         end = self.current.end
         if end is None or not is_wanted(self.lifetime.restart, end.wait_status):
             return False
-        if self.current.was_shim_killed:
-            self.reporter.note("the process that looked after the command was killed, so there is no restart")
+        if self._is_left_alone():
             return False
         if backoff.has_had_enough():
-            self.reporter.note(
-                f"the command ended {backoff.failures} times in a row without being ready, so there is no restart"
-            )
+            self.has_given_up = True
+            how_often = f"{backoff.failures} times in a row before it was ready, so there is no restart"
+            hint = "" if self.is_ready.is_set() else self.launch.how_to_take()
+            self.reporter.note(f"the command ended {how_often}: {how_it_ended(end.wait_status)}", hint)
             return False
         return True
+
+    def _is_left_alone(self) -> bool:
+        """Whether the shim of the current start was killed. Another start would run beside the processes that it has left."""
+        if self.current.is_orphaned and self.lifetime.restart != NO:
+            self.reporter.note("the process that looked after the command was killed, so there is no restart")
+        return self.current.is_orphaned
 
     async def _restart(self) -> PortexecError | None:
         """Stop the whole tree, and start the command again with all that is bound."""
         self.current.stop()
         await self.current.reaches(GONE)
-        error = self._make_next()
+        if self._is_left_alone():
+            self._is_over = True
+            return None if self.current.end is None else self.current.end.failure
+        error = await self._make_next()
         if error is None:
+            self.current.is_asked_for = True
             self._begin_next()
         return error
 
     def _begin_beside(self) -> Start:
-        start = self.make_start()
-        start.shim.share(self.launch.bound.undo)
+        """Begin another start beside the current one, with listeners of its own where that is possible. Raises OSError."""
+        from portexec.binding.succession import Succession
+
+        succession = Succession(self.launch.bound)
+        with CloseOnError(succession):
+            start = self.make_start(self.launch.plan.passing(succession.descriptors()))
+        for name, why in succession.why_not.items():
+            self.reporter.detail(f"the new start shares listener {name} with the old one: {why}")
+        start.succession = succession
+        self.launch.bound.undo.leave_to(start.shim)
         start.begin()
         self.follow(start)
         return start
 
-    def _make_next(self) -> PortexecError | None:
-        """Make the next start the current one; it waits for its beginning. Returns what prevents it."""
+    async def _make_next(self) -> PortexecError | None:
+        """Make the next start, which is the current one from now on, and does not begin yet. Returns what prevents that."""
         try:
             self.listen_again()
             if self.launch.bound.is_unix_listener_dead():
-                self.current.dismiss()  # its shim has a copy, which keeps the name
+                self.current.dismiss()
+                await self.current.is_dismissed()  # its shim has a copy, which keeps the name
                 self.launch.bound.make_unix_listeners_anew()
-            old, self.current = self.current, self.make_start()
+            old, self.current = self.current, self.make_start(self.launch.plan)
         except OSError as error:
             return PortexecError(f"cannot start the command again: {reason(error)}")
         except PortexecError as error:
             return error
-        self.current.shim.share(self.launch.bound.undo)
+        self.launch.bound.undo.leave_to(self.current.shim)
         old.dismiss()
         return None
 
     def _begin_next(self) -> None:
-        if not self.lifetime.is_lazy and not self.current.has_reached(ENDED):
+        if self.lifetime.is_lazy:
+            self.reporter.tell_idle(is_asked_for=self.current.is_asked_for)
+            self.current.is_asked_for = False
+        elif not self.current.has_reached(ENDED):
             self.current.begin()
         self.follow(self.current)
 
     def listen_again(self) -> None:
-        """Let our sockets listen that a server has shut down at its end, as some do. Raises PortexecError."""
+        """Let our sockets listen again that a server has shut down at its end, as some do. Raises PortexecError."""
         try:
             self.launch.bound.listen_again()
         except OSError as error:
@@ -192,13 +231,13 @@ class Server:
             spawn(self._announce_again(start))
 
     async def _announce_again(self, start: Start) -> None:
-        """Say another address when the command serves, but nowhere that the announced one leads to."""
-        await start.hears_more()
+        """Announce another address when the command serves, but cannot be reached at the announced one."""
+        await start.addresses.grow()
         await sleep(_OTHER_ADDRESSES)
         self.reporter.announce_others(self.launch.bound.listeners, self._readiness_of(start).followed())
 
     async def _look_after(self, start: Start) -> None:
-        if start.state == IDLE and await first(start.reaches(ENDED), self._hears_client()) == 1:
+        if start.course.state == IDLE and await first(start.reaches(ENDED), self._hears_client()) == 1:
             start.begin()
         if await first(start.reaches(ENDED), start.reaches(RUNNING)) == 1 and self._ready.form != NONE:
             await self._make_ready(start)
@@ -216,42 +255,44 @@ class Server:
         await first(*(readable(socket) for socket in sockets))
 
     def has_begun(self, start: Start) -> None:
-        """The command runs. Where nothing else is waited for, it is ready, before anything else can come of it."""
+        """The command runs. With `--ready none` it is ready at once, before anything else can come from it."""
         if self._ready.form == NONE:
             self._become_ready(start, self._readiness_of(start))
 
     def _readiness_of(self, start: Start) -> Readiness:
         return Readiness(
             self._ready,
-            self.listeners,
+            self.listeners if start.succession is None else start.succession.listeners,
             start,
             is_admitted=self.launch.choice.hand_off == GUARD,
-            is_shared=lambda: len(self.starts) > 1,
+            is_shared=lambda: len(self.starts) > 1 and start.shares_listeners(),
         )
 
     async def _make_ready(self, start: Start) -> None:
-        """Wait until it is ready, its end, or the end of the time that it has."""
+        """Wait until the start is ready, has ended, or has had its time."""
         readiness, patience = self._readiness_of(start), self._patience_with(start)
-        waiting = (start.reaches(ENDED), readiness.wait(), self.reporter.show_progress(readiness.what))
+        unready, who = Unready(readiness), "the command" if start is self.current else "the new start"
+        waiting = (start.reaches(ENDED), readiness.wait(), self.reporter.show_progress(who, unready.awaited))
         found = await first(*waiting, within=patience)
         if found == 1:
             self._become_ready(start, readiness)
         elif found is None:
-            self._give_up(start, f"the command was not ready after {patience:g} s: it did not {readiness.what()}")
+            message = f"{who} was not ready after {patience:g} s: it did not {unready.missed()}"
+            hint = unready.hint(self.launch.how_to_take(), names_port=self.launch.request.names_port())
+            self._give_up(start, NotReady(message, hint))
 
     def _patience_with(self, start: Start) -> float | None:
-        """The seconds that it has to become ready; None for ever."""
+        """The seconds that a start has to become ready; None for no limit."""
         if self.lifetime.ready_timeout is None and start is not self.current:
             return _REPLACEMENT_TIMEOUT
         return self.lifetime.ready_timeout
 
-    def _give_up(self, start: Start, message: str) -> None:
-        """The time is over. The end of all, unless there was or will be another start to go on with."""
+    def _give_up(self, start: Start, error: NotReady) -> None:
+        """The time is over. That ends the server, unless there is another start to go on with, or will be."""
         if start is self.current and (not self.is_ready.is_set() or self.lifetime.restart == NO):
-            hint = "--ready-timeout gives it more time, --ready says what to wait for"
-            self.ask(GIVE_UP, NotReady(message, hint))
+            self.ask(GIVE_UP, error)
         else:
-            self.reporter.note(message)
+            self.reporter.note(error.message)
             start.stop()
 
     def _become_ready(self, start: Start, readiness: Readiness) -> None:
@@ -259,7 +300,7 @@ class Server:
         start.become_ready()
         self.reporter.tell_ready(start.pid, self.listeners)
         if self.lifetime.is_asked_for_with(self.launch.choice.hand_off):
-            self.reporter.detail(f"ready after {time.monotonic() - (start.began or 0):.2f}s")
+            self.reporter.detail(f"ready after {time.monotonic() - start.course.since[PREPARING]:.2f}s")
         if not self.is_ready.is_set():
             self.is_ready.set()
             spawn(self.reporter.announce_ready(start.pid, self.listeners))

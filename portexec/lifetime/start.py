@@ -1,10 +1,10 @@
-"""One start of a command, from fork to the last process gone, as portexec hears of it from the shim.
+"""One start of a command, from fork until its last process has gone, as portexec hears of it from the shim.
 
     IDLE -> PREPARING -> RUNNING -> READY -> ENDED -> GONE
 
 IDLE is a start that waits: a lazy one for its first connection, any other for the end of the pause before it.
-READY may be left out, and so may all that comes before ENDED.
-ENDED is the end of the command itself, GONE that of all that it has started.
+READY may be left out, and so may all states between IDLE and ENDED.
+ENDED is the end of the command itself, GONE the end of all that it has started.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 import _signal
 import time
 
-from portexec.errors import PortexecError
+from portexec.errors import PortexecError, how_it_ended
 from portexec.parent import link as links
-from portexec.parent import shim as words
-from portexec.parent import signals, supervisor
+from portexec.parent import protocol, signals
 from portexec.parent.child import failure_of
 from portexec.parent.loop import Event
-from portexec.parent.witness import ALONE
+from portexec.parent.protocol import ALONE, KILLED_EARLY
+from portexec.procfs import is_stopped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from portexec.binding.succession import Succession
     from portexec.parent.shim import Shim
 
 IDLE = "idle"
@@ -36,9 +37,9 @@ _ORDER = (IDLE, PREPARING, RUNNING, READY, ENDED, GONE)
 
 
 class End:
-    """How a command ended: a wait status of waitpid(2), or the `failure` that it could not be executed.
+    """How a command ended: a wait status of waitpid(2), or the `failure` if it could not be executed.
 
-    `by_itself`: nobody had told it to. `is_left`: something of it goes on, and its shim with it. `at` is a time.monotonic().
+    `by_itself`: nobody had told it to end. `is_left`: a daemon of it lives on, and its shim. `at` is a time.monotonic().
     """
 
     __slots__ = ("at", "by_itself", "failure", "is_left", "wait_status")
@@ -73,33 +74,26 @@ class Said:
             self.is_ready.set()
 
 
-class Start:
-    """A start, and the owner of its shim. `hosts` has the addresses at which it listens by number, as far as admission saw.
+class Course:
+    """The states of a start: the one that it is in, and the time of each, as time.monotonic().
 
-    `began` is the time of the start, `ready_since` that of readiness, both time.monotonic() and None before.
+    `news` are the states that it has reached, and that the run has not taken yet.
     """
 
-    def __init__(self, shim: Shim) -> None:
-        self.shim = shim
-        self.state = IDLE
-        self.began: float | None = None
-        self.ready_since: float | None = None
-        self.said = Said()
-        self.hosts: dict[int, dict[str, None]] = {}  # by number; dicts for their order
-        self.end: End | None = None
-        self.was_shim_killed = False
-        self.signalled: list[int] = []  # numbers of signals that reached the shim alone, and that nobody has taken yet
-        self.news: list[str] = []  # the states that it has reached, and that nobody has reported yet
-        self._pid = 0
-        self._failure: PortexecError | None = None
-        self._is_stopped = False  # we have told it to end
-        self._heard = Event()
-        self._reached = {state: Event() for state in (RUNNING, READY, ENDED, GONE)}
+    __slots__ = ("_reached", "news", "since", "state")
 
-    @property
-    def pid(self) -> int:
-        """The pid of the process that counts: what the command said by MAINPID=, or its own; 0 until it runs."""
-        return self.said.main_pid or self._pid
+    def __init__(self) -> None:
+        self.state = IDLE
+        self.since: dict[str, float] = {}
+        self.news: list[str] = []
+        self._reached = {state: Event() for state in _ORDER[1:]}
+
+    def reach(self, state: str) -> None:
+        """Note that the start has reached this state. It may be in a later one already, and stays in that."""
+        self.state = max(self.state, state, key=_ORDER.index)
+        self.since[state] = time.monotonic()
+        self.news.append(state)
+        self._reached[state].set()
 
     def has_reached(self, state: str) -> bool:
         """Whether it is, or was, in this state."""
@@ -109,72 +103,138 @@ class Start:
         """Return when it has reached this state."""
         await self._reached[state].wait()
 
+
+class Addresses:
+    """Where a command listens, by number, as far as admission saw."""
+
+    __slots__ = ("_one_more", "hosts")
+
+    def __init__(self) -> None:
+        self.hosts: dict[int, dict[str, None]] = {}  # dicts for their order
+        self._one_more = Event()
+
+    def add(self, port: int, host: str) -> None:
+        """The command listens at this address, too."""
+        self.hosts.setdefault(port, {})[host] = None
+        happened, self._one_more = self._one_more, Event()
+        happened.set()
+
+    async def grow(self) -> None:
+        """Return when the command listens at one more address."""
+        await self._one_more.wait()
+
+
+class Start:
+    """A start, and the owner of its shim. `is_orphaned`: the shim ended too early, and has left its tree to portexec.
+
+    `signalled` are the numbers of signals that reached the shim alone, and that the run has not taken yet. `is_asked_for`: a
+    program has asked for the start, by a restart. `command_pid` is the pid of the command, 0 until it runs.
+    """
+
+    def __init__(self, shim: Shim) -> None:
+        self.shim = shim
+        self.succession: Succession | None = None  # beside an old start: its own listeners
+        self.course = Course()
+        self.said = Said()
+        self.addresses = Addresses()
+        self.end: End | None = None
+        self.is_orphaned = False
+        self.is_asked_for = False
+        self.signalled: list[int] = []
+        self.command_pid = 0
+        self._failure: PortexecError | None = None
+        self._is_stopped = False  # we have told it to end
+        self._forwarded: set[int] = set()  # numbers of signals
+
+    @property
+    def pid(self) -> int:
+        """The pid of the main process: the one that the command named by MAINPID=, or its own; 0 until it runs."""
+        return self.said.main_pid or self.command_pid
+
+    def has_reached(self, state: str) -> bool:
+        """Whether it is, or was, in this state."""
+        return self.course.has_reached(state)
+
+    async def reaches(self, state: str) -> None:
+        """Return when it has reached this state."""
+        await self.course.reaches(state)
+
+    def shares_listeners(self) -> bool:
+        """Whether other starts may accept from one of its listeners, too."""
+        return self.succession is None or bool(self.succession.why_not)
+
     def is_running(self) -> bool:
-        """Whether the command runs, or is about to: somebody is there to get signals."""
-        return self.state in (PREPARING, RUNNING, READY)
+        """Whether the command runs, or is about to, so that signals can be passed on to it."""
+        return self.course.state in (PREPARING, RUNNING, READY)
 
-    def prepare(self) -> None:
-        """Have the child forked, and wait until it is ready to execute the command. Raises as `Shim.prepare`."""
-        self.began = time.monotonic()
-        self.state = PREPARING
-        self.shim.prepare()
+    def is_stopped(self) -> bool:
+        """Whether the command was stopped, as by Ctrl-Z; also true where we have not heard yet that it runs."""
+        return not self.command_pid or is_stopped(self.command_pid)
 
-    def go(self) -> None:
-        """Let a prepared start execute the command."""
-        self.shim.link.say(words.GO)
+    def go(self, early: Iterable[signals.Received]) -> None:
+        """Let a prepared start execute the command, which also gets the signals from before portexec had a shim."""
+        self.shim.link.say(protocol.GO, *(signal.number for signal in early if signals.is_to_be_forwarded(signal)))
 
     def begin(self) -> None:
-        """Have the shim start the command, from the beginning."""
-        self.began = time.monotonic()
-        self.state = PREPARING
-        self.shim.link.say(words.PREPARE)
+        """Have the shim prepare and start the command."""
+        self.shim.ask_to_prepare()
+        self.has_begun()
+
+    def has_begun(self) -> None:
+        """The shim was told to prepare."""
+        self.course.reach(PREPARING)
 
     def become_ready(self) -> None:
         """It is ready from now on."""
-        self.ready_since = time.monotonic()
-        self._reach(READY)
+        self.course.reach(READY)
 
     def forward(self, number: int, sender: int) -> None:
         """Pass on a signal that portexec was sent."""
-        self._say(supervisor.SIGNAL, number, sender)
+        self._forwarded.add(number)
+        self._say(protocol.SIGNAL, number, sender)
 
-    def forward_early(self, early: Iterable[signals.Received]) -> None:
-        """Pass on signals that portexec was sent when it had no shim yet."""
-        for signal in early:
-            if signals.is_to_be_forwarded(signal):
-                self.forward(signal.number, ALONE)
+    def how_it_ended(self) -> str:
+        """How its command ended, in words."""
+        if self.is_orphaned or self.end is None:
+            return "the process that looked after it was killed"
+        return how_it_ended(self.end.wait_status)
+
+    def has_died_of_forwarded(self) -> bool:
+        """Whether a signal that we passed on has ended it. Its sender knows then why the command has ended."""
+        status = 0 if self.end is None else self.end.wait_status
+        return any(signals.has_died_of(status, number) for number in self._forwarded)
 
     def drain(self) -> None:
-        """Tell the command to end, which may take its time."""
+        """Tell the command to end, and give it as much time as it takes."""
         self._is_stopped = True
-        self._say(supervisor.DRAIN)
+        self._say(protocol.DRAIN)
 
     def stop(self, number: int = _signal.SIGTERM, sender: int = ALONE) -> None:
         """Stop its tree; portexec was sent this signal, or nothing."""
-        if self.state == IDLE:
+        if self.course.state == IDLE:
             self._has_ended(End(0, by_itself=False))
-            self._reach(GONE)
+            self.course.reach(GONE)
         else:
             self._is_stopped = True
-            self._say(supervisor.STOP, number, sender)
+            self._say(protocol.STOP, number, sender)
 
     def kill(self) -> None:
         """End all of it at once."""
-        self._say(supervisor.KILL)
+        self._say(protocol.KILL)
 
     def dismiss(self) -> None:
-        """Let the shim of a start that is gone end: from now on somebody else undoes what was made, should we be killed."""
+        """Let the shim of a start that is gone end. If we are killed from now on, another shim undoes what was made."""
         if self.shim.link.is_open:
             self.shim.leave()
+
+    async def is_dismissed(self) -> None:
+        """Return when the shim has ended."""
+        await self.shim.has_gone.wait()
 
     def take(self) -> None:
         """Take all that the shim has said."""
         for kind, fields in self.shim.link.received():
             self._take(kind, fields)
-
-    async def hears_more(self) -> None:
-        """Wait until the command listens somewhere else, too, as far as admission sees."""
-        await self._heard.wait()
 
     def _say(self, kind: bytes, *fields: object) -> None:
         self.shim.link.say(kind, *fields)
@@ -182,20 +242,20 @@ class Start:
             signals.send(self.shim.pid, _signal.SIGCONT)  # Ctrl-Z may have stopped it
 
     def _take(self, kind: bytes, fields: list[str]) -> None:
-        if kind == words.PREPARED:
-            self.shim.link.say(words.GO)
-        elif kind == supervisor.STARTED:
-            self._pid = int(fields[0])
-            self._reach(RUNNING)
-        elif kind == supervisor.LISTENING:
-            self.hosts.setdefault(int(fields[0]), {})[fields[1]] = None
-            heard, self._heard = self._heard, Event()
-            heard.set()
-        elif kind == supervisor.SIGNALLED:
+        if kind == protocol.PREPARED:
+            self.shim.link.say(protocol.GO)
+        elif kind == protocol.STARTED:
+            self.command_pid = int(fields[0])
+            self.course.reach(RUNNING)
+        elif kind == protocol.LISTENING:
+            self.addresses.add(int(fields[0]), fields[1])
+        elif kind == protocol.ADVISED:
+            self.shim.advised.add(fields[0])
+        elif kind == protocol.SIGNALLED:
             self.signalled.append(int(fields[0]))
-        elif kind == supervisor.FAILED:
+        elif kind == protocol.FAILED:
             self._failure = failure_of(fields)
-        elif kind == supervisor.ENDED:
+        elif kind == protocol.ENDED:
             end = End(int(fields[0]), by_itself=not fields[1], failure=self._failure, is_left=bool(fields[2]))
             self._has_ended(end)
         else:
@@ -203,25 +263,26 @@ class Start:
 
     def _take_last(self, kind: bytes, fields: list[str]) -> None:
         """The shim has nothing more to do, could not prepare the start, or was killed."""
-        if self.state == GONE:
-            return  # the end of the link, which came with the last word
-        if kind in (words.REFUSED, words.EXHAUSTED):
-            self.was_shim_killed = True  # by itself, perhaps in the middle of its work, so that its tree is ours
-            failure = PortexecError(f"cannot {'look after' if self._pid else 'start'} the command: {fields[0]}")
+        if self.has_reached(GONE):
+            return  # the end of the link, after the last word
+        if kind in (protocol.REFUSED, protocol.EXHAUSTED):
+            self.is_orphaned = True  # the shim has ended by itself, perhaps amid its work: its tree is ours
+            failure = PortexecError(f"cannot {'look after' if self.command_pid else 'start'} the command: {fields[0]}")
             self._has_ended(End(0, by_itself=True, failure=failure))
         elif kind == links.ENDED and not (self.end and self.end.is_left):
-            self.was_shim_killed = True
-            self._has_ended(End(_signal.SIGKILL, by_itself=not self._is_stopped))
+            self.is_orphaned = True
+            self._has_ended(End(_signal.SIGKILL, by_itself=not self._is_stopped, failure=self._killed_early()))
         else:
             self._has_ended(End(0, by_itself=False))
-        self._reach(GONE)
+        self.course.reach(GONE)
+
+    def _killed_early(self) -> PortexecError | None:
+        """The failure, if the shim was killed before it has told that the command runs."""
+        if self.command_pid or self._is_stopped:
+            return None
+        return PortexecError(f"cannot start the command: {KILLED_EARLY}")
 
     def _has_ended(self, end: End) -> None:
         if self.end is None:
             self.end = end
-            self._reach(ENDED)
-
-    def _reach(self, state: str) -> None:
-        self.state = max(self.state, state, key=_ORDER.index)  # it may be told ready when it has ended already
-        self.news.append(state)
-        self._reached[state].set()
+            self.course.reach(ENDED)
