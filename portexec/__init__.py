@@ -1,6 +1,6 @@
 """Bind a free port first, then run a command with it. The Python API; `portexec.cli` is the command line.
 
-Everything is imported when it is first used: the command line's start passes through here, too.
+Everything is imported when it is first used, since the command line imports this module, too.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from portexec.api.driver import Listener
+    from portexec.api.factories import AsyncServerFactory, ServerFactory
     from portexec.api.listen import GuardedSocket, listen
-    from portexec.api.serve import AsyncServer, Server, Serving, serve
+    from portexec.api.named import NamedServer, find, running
+    from portexec.api.serve import AsyncServer, Server, Serving, ServingAll, serve, serve_all
     from portexec.errors import (
         AlreadyEntered,
         CannotExecute,
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
         NotReady,
         NotRunning,
         PortexecError,
+        StillRunning,
         UnknownHandOff,
         UnknownReady,
         UsageError,
@@ -27,11 +30,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = ("portexec.errors", "portexec.api.listen", "portexec.api.serve")  # of the names below, the cheapest first
+_HOMES = (
+    "portexec.errors",
+    "portexec.api.listen",
+    "portexec.api.serve",
+    "portexec.api.named",
+    "portexec.api.factories",
+)  # where the names below are defined, the cheapest module first
 
 __all__ = [
     "AlreadyEntered",
     "AsyncServer",
+    "AsyncServerFactory",
     "CannotExecute",
     "CommandNotAList",
     "CommandNotFound",
@@ -39,21 +49,28 @@ __all__ = [
     "GuardedSocket",
     "ListenError",
     "Listener",
+    "NamedServer",
     "NotReady",
     "NotRunning",
     "PortexecError",
     "Server",
+    "ServerFactory",
     "Serving",
+    "ServingAll",
+    "StillRunning",
     "UnknownHandOff",
     "UnknownReady",
     "UsageError",
     "__version__",
+    "find",
     "listen",
+    "running",
     "serve",
+    "serve_all",
 ]
 
 
-if not TYPE_CHECKING:  # else a checker takes every name for one of ours
+if not TYPE_CHECKING:  # otherwise a type checker would accept every name
 
     def __getattr__(name: str) -> object:
         if name in __all__:

@@ -7,14 +7,15 @@ import socket
 
 from portexec.binding.listeners import MAX_BACKLOG, Bound, bind_all
 from portexec.binding.spec import parse_listen
+from portexec.binding.stable import settled
 from portexec.errors import PortexecError, UsageError, reason
 
 
 class GuardedSocket(socket.socket):
-    """A listening `socket.socket` whose number nobody else can have for as long as it is open.
+    """A listening `socket.socket` whose number nobody else can have as long as it is open.
 
-    It owns the guard, and gives it back when it is closed (or collected). `detach` gives up the guard's protection. What takes
-    a `socket.socket` only and nothing derived from it, as trio and multiprocessing do, gets a `dup`.
+    It owns the guard, and gives the guard back when it is closed (or collected). `detach` gives up the guard's protection. Code
+    that takes a `socket.socket` but no subclass, as trio and multiprocessing do, gets a `dup`.
     """
 
     def __init__(self, bound: Bound) -> None:
@@ -34,7 +35,7 @@ class GuardedSocket(socket.socket):
     def close(self) -> None:
         """Close the socket and give back its number; a unix socket is removed from the file system.
 
-        In a forked child only its copies are closed: all the rest is the parent's.
+        In a forked child this closes only the child's copies: guard and file are the parent's.
         """
         super().close()
         if os.getpid() == self._owner:
@@ -43,7 +44,7 @@ class GuardedSocket(socket.socket):
             self._bound.release_guards()
 
     def dup(self) -> socket.socket:  # type: ignore[override]  # the guard has one owner
-        """A plain socket for the same listener, without the guard, which is there for as long as this one is open."""
+        """A plain socket for the same listener. The guard stays with this object, and protects as long as it is open."""
         return socket.fromfd(self.fileno(), self.family, self.type, self.proto)
 
     def detach(self) -> int:
@@ -65,8 +66,9 @@ def listen(spec: str = "127.0.0.1:0", *, backlog: int = 0) -> GuardedSocket:
     if not isinstance(spec, str):
         raise UsageError(f"listen takes one spec as text, not {spec!r}", "call it once for each socket: listen('127.0.0.1:0')")
     try:
-        return GuardedSocket(bind_all(parse_listen([spec]), listening=True, backlog=backlog))
+        specs = settled(parse_listen([spec]), None, os.environ)
+        return GuardedSocket(bind_all(specs, listening=True, backlog=backlog))
     except OSError as error:
         raise PortexecError(f"cannot listen on {spec}: {reason(error)}") from error
     except UnicodeEncodeError as error:
-        raise UsageError(f"listen: {spec!r} cannot be encoded: {error.reason}", "no file can be called so") from error
+        raise UsageError(f"listen: {spec!r} cannot be encoded: {error.reason}", "no file can have such a name") from error

@@ -1,8 +1,8 @@
-"""What an installed portexec is to pytest: the plugin, or nothing for a pytest that the plugin was not made for."""
+"""The entry point that pytest loads where portexec is installed: the plugin, or nothing where pytest is too old for it."""
 
 from __future__ import annotations
 
 import pytest
 
-# Every pytest loads this wherever portexec is installed, and has to go on as if it were not.
+# An old pytest loads this, too, and has to go on as if portexec were not installed.
 pytest_plugins = ["portexec.api.pytest_plugin"] if getattr(pytest, "version_tuple", (0,)) >= (8,) else []

@@ -1,185 +1,236 @@
-"""The pytest plugin: `portexec_server` starts servers for a test, `portexec_session_server` for the whole session.
+"""The pytest plugin: `portexec_server` starts servers for a test, `portexec_server_any_scope` for a fixture of any scope.
 
-Both are factories: call them with what `portexec.serve` takes, and get a `portexec.Server`. It belongs to the fixture that
-started it, and so to the tests that use this fixture, and is stopped at the end of it; one that no fixture has started belongs
-to the factory. With pytest-xdist every worker has its own.
+Both are factories: call them with what `portexec.serve` takes, and get a `portexec.Server`. The server is stopped at the end of
+the fixture that started it; a server that no fixture has started is stopped with the factory. `portexec_async_server` is
+awaited. With pytest-xdist every worker has its own servers.
 
-A failing test shows what its servers wrote, as report sections; what they write until they are stopped follows when the test is
-torn down. When a server died during the test, that is the failure: the client's connection error, which would only hide it,
-becomes its cause. A test that means its server to end says so by `server.wait()`.
+The plugin knows every server of the process, also that of a plain `with portexec.serve(...)`. A server belongs to the fixture
+definition that started it, and so to all tests that use the definition; or else to the test that started it (`known_servers`).
+
+A test's report has what its servers wrote since the test began, as captured output, phase by phase. When a server died during
+the test, its death is the failure: the client's connection error, which would only hide the death, becomes its cause. A test
+that expects its server to end says so by `server.wait()`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, NoReturn
 
 import pytest
 
+from portexec.api import watchers
+from portexec.api.known_servers import KnownServers, Watched
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from portexec.api.serve import Server
+    from portexec.api.factories import AsyncServerFactory, ServerFactory
+    from portexec.api.serve import AsyncServer, Server
     from portexec.errors import Exited
 
-    Factory = Callable[..., Server]
+__tracebackhide__ = True  # our frames are hidden in the tracebacks of fixtures and tests
 
-_PATIENCE = 0.5  # seconds in which the death of what the command runs, as npm does, must have become its own
-_CERTAINTY = 10.0  # seconds for the news of a death that has been seen
+_PATIENCE = 0.5  # seconds in which a command, such as npm, must have ended after the death of the server that it runs
+_SECTION = 1 << 14  # bytes of one server's output in one section; `Server.output` has more
 
-_SERVERS = pytest.StashKey["list[_Watched]"]()  # of the session: that have not been stopped; of a test: that it has had
-_FIXTURES = pytest.StashKey["list[pytest.FixtureRequest]"]()  # that are being set up, the innermost last
+_KNOWN = pytest.StashKey[KnownServers]()
 
 
-class _Watched:
-    """A server, the fixture that started it, and what has been told of it."""
-
-    def __init__(self, server: Server, fixture: str) -> None:
-        self.server = server
-        self.fixture = fixture
-        self.is_death_told = False
-        self.shown: str | None = None  # of its output, in a report of this test
-        self._death: Exited | None = None
-
-    def death(self, patience: float = 0.0) -> Exited | None:
-        """How it died by itself, if it did. The news may take some time to come."""
-        from portexec.procfs import is_ending
-
-        if self._death is None:
-            self._death = self.server.died(_CERTAINTY if is_ending(self.server.pid) else patience)
-            if self._death is not None:
-                self._death.output = ""  # it has a section of its own
-                self.server.stop()  # returns when all that it wrote has been read
-        return self._death
-
-    def title(self) -> str:
-        """Of a section with its output."""
-        returncode = self.server.returncode
-        ended = "" if returncode is None else f", returncode {returncode}"
-        return f"portexec: {self.server.url}, pid {self.server.pid}{ended}"
+# The fixtures.
 
 
 @pytest.fixture
-def portexec_server(request: pytest.FixtureRequest) -> Factory:
+def portexec_server(request: pytest.FixtureRequest) -> ServerFactory:
     """A function that starts a server for this test: `portexec_server(["npm", "start"])` takes what `portexec.serve` takes."""
     return _factory(request)
 
 
 @pytest.fixture(scope="session")
-def portexec_session_server(request: pytest.FixtureRequest) -> Factory:
-    """The same for fixtures of any scope: use it in one of your own, at whose end the server is stopped."""
+def portexec_server_any_scope(request: pytest.FixtureRequest) -> ServerFactory:
+    """The same for fixtures of any scope: use it in a fixture of your own, at whose end the server is stopped."""
     return _factory(request)
 
 
-def _factory(request: pytest.FixtureRequest) -> Factory:
+@pytest.fixture(scope="session")
+def portexec_session_server(request: pytest.FixtureRequest) -> ServerFactory:
+    """The former name of `portexec_server_any_scope`."""
+    return _factory(request)
+
+
+@pytest.fixture
+def portexec_async_server(request: pytest.FixtureRequest) -> AsyncServerFactory:
+    """A coroutine function that starts a server for this test, in asyncio or trio: `await portexec_async_server([...])`."""
+    return _async_factory(request)
+
+
+@pytest.fixture(scope="session")
+def portexec_async_server_any_scope(request: pytest.FixtureRequest) -> AsyncServerFactory:
+    """The same for async fixtures of any scope: use it in a fixture of your own, at whose end the server is stopped."""
+    return _async_factory(request)
+
+
+def _factory(request: pytest.FixtureRequest) -> ServerFactory:
     from portexec.api.serve import serve
 
-    running = request.session.stash[_SERVERS]
-    fixtures = request.session.stash[_FIXTURES]
+    known = request.config.stash[_KNOWN]
+    life = _Life(request)
 
     def start(command: Any, **options: Any) -> Server:
-        owner = [request, *fixtures][-1]
-        watched = _Watched(serve(command, **options).__enter__(), owner.fixturename or "")
-
-        def stop() -> None:
-            watched.server.stop()
-            running.remove(watched)
-
-        owner.addfinalizer(stop)
-        running.append(watched)
-        return watched.server
+        owner = known.being_set_up() or life.request()
+        serving = serve(command, **options)
+        server = serving.__enter__()
+        owner.addfinalizer(lambda: serving.__exit__(None, None, None))
+        return server
 
     return start
 
 
+def _async_factory(request: pytest.FixtureRequest) -> AsyncServerFactory:
+    from portexec.api.serve import serve
+
+    known = request.config.stash[_KNOWN]
+    life = _Life(request)
+
+    async def start(command: Any, **options: Any) -> AsyncServer:
+        owner = known.being_set_up() or life.request()
+        serving = serve(command, **options)
+        server = await serving.__aenter__()
+        owner.addfinalizer(lambda: serving.__exit__(None, None, None))  # when no event loop runs
+        return server
+
+    return start
+
+
+class _Life:
+    """A factory's fixture, as long as it is not over. After that, pytest would let later tests fail of what is left to stop."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+        self._is_over = False
+        request.addfinalizer(self._end)
+
+    def _end(self) -> None:
+        self._is_over = True
+
+    def request(self) -> pytest.FixtureRequest:
+        """What the end of a server can be left to. Raises UsageError when the fixture is over."""
+        if self._is_over:
+            from portexec.errors import UsageError
+
+            hint = "ask for the fixture where the server is started"
+            raise UsageError(f"the fixture {self._request.fixturename} is over, with the test that it was made for", hint)
+        return self._request
+
+
+# What pytest tells.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Watch every server from now on. pytest calls this for a plugin that is loaded late, too."""
+    # The live output of a worker of pytest-xdist is not seen.
+    is_seen = not hasattr(config, "workerinput")
+    capture = config.getoption("capture", "fd")
+    known = KnownServers(is_live=is_seen and capture in ("no", "tee-sys"), is_kept=not is_seen or capture != "no")
+    config.stash[_KNOWN] = known
+    watchers.watch(known.take)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Watch no more servers."""
+    known = config.stash[_KNOWN]
+    watchers.unwatch(known.take)
+    known.close()
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
-    """Know which fixture starts a server."""
-    __tracebackhide__ = True  # of fixtures that fail, with us or without
-    fixtures = request.session.stash[_FIXTURES]
-    fixtures.append(request)
-    try:
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
+    """Note which fixture is being set up, and so starts a server."""
+    __tracebackhide__ = True
+    with request.config.stash[_KNOWN].setting_up(fixturedef, request):
         return (yield)
-    finally:
-        fixtures.pop()
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Begin with nothing."""
-    session.stash[_SERVERS] = []
-    session.stash[_FIXTURES] = []
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Begin anew, also when a test is run again: what has died by now is no affair of this test."""
-    item.stash[_SERVERS] = []
-    for each in item.session.stash[_SERVERS]:
-        each.is_death_told = each.death() is not None
-        each.shown = None
+    """Begin anew, also when a test is run again: earlier output and deaths do not belong to this test."""
+    item.config.stash[_KNOWN].begin(item)
 
 
-@pytest.hookimpl(wrapper=True, trylast=True)  # what it makes of a report is what xfail is to judge
+@pytest.hookimpl(wrapper=True, trylast=True)  # innermost, so that xfail judges the report that we have changed
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Let a test fail of the server that died under it, and show in the report of a failure what the servers wrote."""
+    """Make the death of a server the failure of its test, and show in the report what the servers wrote."""
     report = yield
-    watched = _servers_of(item)
-    deaths = _news(watched, call.excinfo)
+    known = item.config.stash[_KNOWN]
+    watched = known.of(item)
+    deaths = _news(watched, known.of_nobody(), call.excinfo)
     if deaths and report.outcome != "skipped":
-        call.excinfo = _as_failure(deaths[0], call.excinfo, item)
+        cause, call.excinfo = call.excinfo, _as_failure(deaths[0], call.excinfo, item)
         report.outcome = "failed"
-        report.longrepr = item.repr_failure(call.excinfo)
-    sections = []
-    if report.failed:
-        sections = [_section(each) for each in watched]
-    elif call.when == "teardown":
-        sections = [_rest(each) for each in watched if each.shown is not None]
-    report.sections += [(title, text) for title, text in sections if text]
+        if cause is None or isinstance(item, pytest.Function):
+            report.longrepr = item.repr_failure(call.excinfo)
+        else:  # no Python function, but a doctest, whose own words show the line that failed
+            report.longrepr = f"{report.longrepr}\nE   {call.excinfo.exconly()}"
+    if known.is_kept:
+        for title, text in _sections([*watched, *known.of_nobody()], call.excinfo):
+            item.add_report_section(call.when, title, text)
+            report.sections.append((f"Captured {title} {call.when}", text))
+    if call.when == "teardown":
+        known.end()
     return report
 
 
-def _servers_of(item: pytest.Item) -> list[_Watched]:
-    """Those that the fixtures of the test have started, also those that they have stopped since we looked the last time."""
-    # The request knows the fixtures that `getfixturevalue` added, too; only the item leads to it.
-    names = getattr(getattr(item, "_request", None), "fixturenames", ())
-    known = item.stash.setdefault(_SERVERS, [])
-    known += [each for each in item.session.stash[_SERVERS] if each.fixture in names and each not in known]
-    return known
+def _news(
+    watched: list[Watched], of_nobody: list[Watched], failure: pytest.ExceptionInfo[BaseException] | None
+) -> list[Exited]:
+    """The deaths that have not been reported yet, and reported ones that may still be why a test fails.
 
-
-def _news(watched: list[_Watched], failure: pytest.ExceptionInfo[BaseException] | None) -> list[Exited]:
-    """The deaths that have not been told yet, and those that have been but may be what a test fails of all the same."""
+    A server without an owner counts only if its death may be why a test fails.
+    """
     is_sign = _is_sign(failure)
     end = time.monotonic() + (_PATIENCE if is_sign else 0.0)  # for all together
     news = []
-    for each in watched:
-        if (is_sign or not each.is_death_told) and (death := each.death(end - time.monotonic())) is not None:
-            each.is_death_told = True
-            news.append(death)
+    for each in [*watched, *(each for each in of_nobody if is_sign and not each.is_death_told)]:
+        if is_sign or not each.is_death_told:
+            patience = end - time.monotonic() if is_sign and each.seems_to_be_dying() else 0.0
+            if (death := each.death(patience)) is not None:
+                each.is_death_told = True
+                news.append(death)
     return news
 
 
 def _is_sign(failure: pytest.ExceptionInfo[BaseException] | None) -> bool:
-    """Whether it may be one of a death, be it of something below a command. What a test says itself is none."""
+    """Whether a failure may come from a death of a server, or of a process below one. A test's own assertions do not."""
     return failure is not None and not failure.errisinstance((AssertionError, pytest.fail.Exception, pytest.skip.Exception))
 
 
-def _section(watched: _Watched) -> tuple[str, str]:
-    """What a server wrote, with its title."""
-    watched.shown = watched.server.output
-    return watched.title(), watched.shown
+def _sections(watched: list[Watched], failure: pytest.ExceptionInfo[BaseException] | None) -> Iterator[tuple[str, str]]:
+    """What the servers wrote in this phase, with titles. The error of a failed start has its output already."""
+    told = list(_chain(failure.value)) if failure else []
+    for each in watched:
+        text = each.news(_SECTION)
+        if text and each.driver.failure_told not in told:
+            yield f"stdout of portexec: {each.driver.description()}", text
 
 
-def _rest(watched: _Watched) -> tuple[str, str]:
-    """What it wrote since. The terminal shows it with the failure because of the word in the title."""
-    return f"{watched.title()}, teardown", watched.server.output.removeprefix(watched.shown or "")
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and the errors that caused it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _as_failure(
     death: Exited, failure: pytest.ExceptionInfo[BaseException] | None, item: pytest.Item
 ) -> pytest.ExceptionInfo[BaseException]:
     """The death as a failure of the test, at the test's own line if there was a failure, which has the whole traceback."""
+    if failure is None:
+        from portexec.api.driver import EXPECTED
+
+        death.hint = EXPECTED  # the test has passed, and may well have killed the server
     try:
         _fail(death, failure.value if failure else None)
     except type(death):
@@ -192,6 +243,7 @@ def _as_failure(
 
 
 def _fail(death: Exited, cause: BaseException | None) -> NoReturn:
+    __tracebackhide__ = False
     # The test itself did not fail: a server died during it.
     raise death from cause
 
