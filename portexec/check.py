@@ -1,11 +1,11 @@
-"""What this machine can do, and why not: `portexec --check`. Everything is tried, nothing is left behind."""
+"""`--check`: what this machine can do, and what it cannot and why. It is tried out, and nothing is left behind."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from portexec.binding.guard import has_ipv6
+from portexec.binding.guard import WEAKLY, can_hide, has_ipv6, knows_flips
 from portexec.binding.listeners import LINUX, Bound, bind_all
 from portexec.binding.spec import DEFAULT, parse_listen
 from portexec.command.plan import GUARD, HOLD, Plan
@@ -13,11 +13,13 @@ from portexec.errors import PortexecError, RefusedError, reason
 
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _PROXIED = "available: a bind is made on the command's own socket"
-_GATED = "available, gated: {}, so the guard opens to SO_REUSEADDR for each bind of the command; no --remap"
+_CLOSEFROM = "with fd and hold, a command that closes unknown descriptors drops the guard; options under Lifetime keep it"
+_IO_URING = "a bind by it passes no filter, so the guard refuses it: use hold"
+_GATED = "available, gated: {}; no --remap"
 
 
 def findings() -> dict[str, str]:
-    """What was found, in the order in which it is shown."""
+    """The findings by their names, in the order in which they are shown."""
     guard, why_no_parent = _guard(), _why_no_parent()
     usable = guard.startswith("available")
     return {
@@ -26,9 +28,12 @@ def findings() -> dict[str, str]:
         "seccomp": _seccomp(),
         "yama": _yama(),
         "no-new-privileges": _no_new_privileges(),
-        "hand-off fd": "available",
+        "hand-off fd": _fd(),
         "hand-off guard": guard,
-        "hand-off hold": "available" if LINUX else "not available: it is Linux' SO_REUSEADDR that makes it possible",
+        "hand-off hold": "available" if LINUX else "not available: it needs SO_REUSEADDR as Linux has it",
+        "same user": _same_user(),
+        "closefrom": _CLOSEFROM,
+        "io_uring": _IO_URING,
         "lifetime": f"not available: {why_no_parent}" if why_no_parent else "available",
         "auto": f"fd when the command names the descriptor, else {GUARD if usable else HOLD}",
     }
@@ -41,9 +46,9 @@ def report_text() -> str:
 
 def report_json() -> str:
     """The findings for a program: one JSON line, names with underscores."""
-    import json
+    from portexec.plainjson import dumps
 
-    return json.dumps({name.replace(" ", "_").replace("-", "_"): text for name, text in findings().items()}) + "\n"
+    return dumps({name.replace(" ", "_").replace("-", "_"): text for name, text in findings().items()}) + "\n"
 
 
 def _why_no_parent() -> str:
@@ -107,6 +112,18 @@ def _no_new_privileges() -> str:
     )
 
 
+def _same_user() -> str:
+    """What a process of the command's user can do below hand-off guard, and another user's cannot."""
+    when = "during each bind or listen of the command"
+    if os.geteuid() == 0 and can_hide():
+        when += " on a socket that shares by itself or is MPTCP, if the command has dropped its user"
+    return f"with guard, can bind the number with SO_REUSEPORT {when}"
+
+
+def _fd() -> str:
+    return "available" if not LINUX or knows_flips() else f"available, {WEAKLY}"
+
+
 def _guard() -> str:
     """Rehearse for real: a guard, a child, a filter, and a bind that is admitted."""
     if not LINUX:
@@ -126,7 +143,7 @@ def _guard() -> str:
 
 
 def _rehearse(bound: Bound) -> str:
-    """Fork a child that rehearses with us, and end it. Why its bind had to be gated, if so. Raises RefusedError, OSError."""
+    """Fork a child, rehearse with it, and end it. Returns why its bind was gated, if it was. Raises RefusedError, OSError."""
     from portexec.parent import loop
     from portexec.parent.child import fork_child, rehearse
     from portexec.parent.signals import Inbox

@@ -1,19 +1,39 @@
-"""The command line program: parse, dispatch; the one place that prints errors and picks an exit status."""
+"""The command line program: parse, dispatch, report the error that ends it, and choose the exit status."""
 
 from __future__ import annotations
 
 import _signal
-import errno
 import os
 import sys
 
-from portexec import __version__, options
-from portexec.command.undo import Undo
-from portexec.errors import STATUS_FAILURE, PortexecError, UsageError, reason, shortage
-from portexec.kernel import ENDING_SIGNALS, STDERR, STDOUT
-from portexec.launch import prepare
-from portexec.request import Request
-from portexec.start import start
+# Bytes of address space, more than a run needs. Python does not survive every shortage: one in the middle of an import can
+# leave a Python that crashes later, or never ends. So we ask for all of it at once, and fail early. No page of it is used.
+_NEEDED = 16 << 20
+_OUT_OF_MEMORY = b"portexec: error: out of memory\n"  # made now, since to make it later may take memory that is not there
+
+try:
+    from portexec.errors import STATUS_FAILURE, PortexecError, UsageError, reason, shortage, spare
+
+    spare.append(bytes(2 << 20))  # Python takes 1 MiB at once
+    bytes(_NEEDED)
+    from portexec import __version__, options
+    from portexec.command.undo import Undo
+    from portexec.kernel import ENDING_SIGNALS, STDERR
+    from portexec.launch import give_back, prepare
+    from portexec.request import Request, require_companions
+    from portexec.start import start
+except MemoryError:
+    os.write(2, _OUT_OF_MEMORY)
+    os._exit(125)
+except (OSError, ImportError) as error:
+    # There is no descriptor to load it all, or no memory for the dynamic loader.
+    if isinstance(error, ImportError) and not (error.path or "").endswith(".so"):
+        raise
+    os.write(2, f"portexec: error: cannot be loaded: {error}\n".encode())
+    raise SystemExit(125) from None
+except KeyboardInterrupt:  # Ctrl-C, before `main` could catch it
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+    os.kill(os.getpid(), _signal.SIGINT)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +41,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from portexec.launch import Launch
+    from portexec.names.registry import Claim
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,54 +56,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _die_by(_signal.SIGINT)
     except Exception as error:
-        failure = PortexecError(shortage(error))
-        if not failure.message:
+        spare.clear()
+        if isinstance(error, MemoryError) and chosen.control_fd is None:
+            _end_without_memory()  # Python may be broken by now, so nothing more is imported to report it
+        short = shortage(error)
+        if short is None:
             return _report_bug()
-    # Outside of `except` nothing holds what the run had open: there are descriptors, and memory, for the words.
+        failure = short
+    # Outside of `except` nothing keeps alive what the run had open: there are descriptors, and memory, for the message.
     _report(failure, chosen.control_fd)
     return failure.status
 
 
 def _run(chosen: options.Options) -> int:
+    if answer := _answer(chosen):
+        return _print(answer)
+    if chosen.verbs():
+        from portexec.names import verbs
+
+        return verbs.run(chosen)
+    if not chosen.command:
+        require_companions(chosen)
+        raise UsageError("no command to run", f"it comes last: {options.USAGE}; see portexec --help")
+    request = Request(chosen)
+    if chosen.name is None:
+        return _launch(request)
+    from portexec.names import begin
+
+    return begin.run(request, _launch)
+
+
+def _answer(chosen: options.Options) -> str:
+    """The page that was asked for; empty where no page was."""
+    if chosen.usage:
+        return options.usage_text()
     if chosen.help:
-        return _print(options.help_text())
+        return options.help_text()
     if chosen.version:
-        return _print(f"portexec {__version__}\n")
+        return f"portexec {__version__}\n"
     if chosen.check:
         from portexec import check
 
-        return _print(check.report_json() if chosen.json else check.report_text())
-    if not chosen.command:
-        raise UsageError("no command to run", f"it comes last: {options.USAGE}")
+        return check.report_json() if chosen.json else check.report_text()
+    if chosen.completion is not None:
+        from portexec import completion
+
+        return completion.script(chosen.completion)
+    return ""
+
+
+def _launch(request: Request, claim: Claim | None = None) -> int:
+    """Bind, and run the command. Ends as the command did, or becomes it; returns an exit status after a dry run."""
+    chosen = request.chosen
     undo = Undo()
-    if any("unix:" in text for text in chosen.listen):
+    if chosen.dry_run or any("unix:" in text for text in chosen.listen):
         _undo_when_ended(undo)
     launch = None
     try:
-        launch = prepare(Request(chosen), undo)
+        launch = prepare(request, undo)
         if chosen.dry_run:
-            return _show_plan(launch, as_json=chosen.json)
-        return _end_as(start(launch))
-    except BaseException as error:
-        undo.run()
-        if launch is not None:
-            _give_back(launch)  # the modules that say what went wrong need a descriptor to be read
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            raise PortexecError(f"cannot open another file: {reason(error)}", "raise the limit with `ulimit -n`") from error
+            return _show_plan(launch, undo, as_json=chosen.json)
+        _end_as(start(launch, claim))
+    except BaseException:
+        spare.clear()
+        give_back(launch, undo)
         raise
 
 
-def _give_back(launch: Launch) -> None:
-    try:
-        launch.bound.close()
-    except OSError:
-        pass  # they were moved for the command already
-
-
 def _undo_when_ended(undo: Undo) -> None:
-    """Have a signal that ends us first remove what we have made in the file system.
+    """When a signal ends us, remove first what we have made in the file system.
 
-    That is for the time until a parent hears signals in its own way, or the command is executed; exec gives it the defaults.
+    These handlers serve until portexec as a parent reads signals in its own way, or until exec, which resets them.
     """
 
     def end(number: int, _: object) -> None:
@@ -94,42 +138,40 @@ def _undo_when_ended(undo: Undo) -> None:
             _signal.signal(number, end)
 
 
-def _end_as(wait_status: int) -> int:
-    """End as the command did: by the same signal, or with the exit status that is returned."""
+def _end_as(wait_status: int) -> NoReturn:
+    """End as the command did: by the same signal, or with its exit status.
+
+    Python is not shut down first. There is nothing left to flush, and a shutdown takes a third of the time of a start.
+    """
     if not os.WIFSIGNALED(wait_status):
-        return os.WEXITSTATUS(wait_status)
+        os._exit(os.WEXITSTATUS(wait_status))
     from portexec import kernel
 
     kernel.die_by(os.WTERMSIG(wait_status))
-    return 128 + os.WTERMSIG(wait_status)
+    os._exit(128 + os.WTERMSIG(wait_status))
 
 
-def _show_plan(launch: Launch, *, as_json: bool) -> int:
-    from portexec import explain
+def _show_plan(launch: Launch, undo: Undo, *, as_json: bool) -> int:
+    from portexec import explain, foresee
 
-    try:
-        return _print(explain.plan_json(launch) if as_json else explain.plan_text(launch))
-    finally:
-        launch.bound.close()
+    launch = foresee.start(launch)
+    plan = explain.plan_json(launch) if as_json else explain.plan_text(launch)
+    give_back(launch, undo)
+    return _print(plan)
 
 
 def _print(text: str) -> int:
-    """Write to stdout, as C programs do: killed by SIGPIPE when nobody reads any more."""
-    _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
-    data = os.fsencode(text)
-    try:
-        while data:
-            data = data[os.write(STDOUT, data) :]
-    except OSError as error:
-        raise PortexecError(f"cannot write to stdout: {reason(error)}") from error
+    from portexec.say import print_out
+
+    print_out(text)
     return 0
 
 
 def _report(error: PortexecError, control_fd: str | None) -> None:
     try:
         _tell(error, control_fd)
-    except (OSError, MemoryError) as why:  # there is not even what it takes to say it all
-        os.write(STDERR, os.fsencode(f"portexec: error: {shortage(why) or reason(why)}\n"))
+    except (OSError, MemoryError) as why:  # there is not enough left for the whole message
+        os.write(STDERR, os.fsencode(f"portexec: error: {reason(why)}\n"))
 
 
 def _tell(error: PortexecError, control_fd: str | None) -> None:
@@ -143,6 +185,11 @@ def _tell(error: PortexecError, control_fd: str | None) -> None:
     from portexec.say import say_error
 
     say_error(error)
+
+
+def _end_without_memory() -> NoReturn:
+    os.write(STDERR, _OUT_OF_MEMORY)
+    os._exit(STATUS_FAILURE)
 
 
 def _report_bug() -> int:

@@ -1,7 +1,7 @@
 """What can go wrong, and the exit statuses that say so.
 
     PortexecError                   an expected failure; status 125 unless it is said below
-        UsageError                  what was asked for cannot be meant
+        UsageError                  an option or argument makes no sense
             UnknownHandOff
             UnknownReady
             CommandNotAList
@@ -11,7 +11,9 @@
         NotReady           124
         Exited                      the command ended by itself
         NotRunning                  there is no server any more
+        StillRunning                a wait for its end took too long; a TimeoutError, too
         AlreadyEntered
+        Abandoned                   inside portexec: the program that drives the run has gone before it began
     RefusedError                    inside portexec: this machine does not let us admit binds
 
 The statuses are those of coreutils' `timeout` and `env`: 124 when the time ran out, 125 when the wrapper itself failed, 126
@@ -23,10 +25,24 @@ from __future__ import annotations
 import errno
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Closable(Protocol):
+        """A socket, or an owner of sockets."""
+
+        def close(self) -> None:
+            """Give it back."""
+
+
 STATUS_TIMEOUT = 124
 STATUS_FAILURE = 125
 STATUS_CANNOT_EXECUTE = 126
 STATUS_NOT_FOUND = 127
+
+# Memory in reserve. When memory runs out we clear this list, to have some for the message and for undoing.
+spare: list[bytes] = []
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -35,7 +51,7 @@ class PortexecError(Exception):
     """An expected failure: what went wrong, what to do next, and the status to exit with.
 
     `message` and `hint` are lower case without a full stop; the hint may be empty. `output` is the last of what the command
-    wrote, where that is known: only the Python API keeps it. As text they are fit for a terminal, but for the output.
+    wrote, where that is known: only the Python API keeps it. str() escapes control characters, but not in the output.
     """
 
     status = STATUS_FAILURE
@@ -53,7 +69,7 @@ class PortexecError(Exception):
 
 
 class UsageError(PortexecError):
-    """What was asked for cannot be meant: an option, a listen spec, a template, or an argument of the Python API.
+    """An option, a listen spec, a template, or an argument of the Python API makes no sense.
 
     `about` is the option that the error is about, as `--ready`, or empty. `what` is the message without it.
     """
@@ -107,15 +123,44 @@ class CommandNotAList(UsageError):
 
 
 class NotRunning(PortexecError):
-    """The server was stopped, so there is nothing to be done with it."""
+    """There is no such server: it was stopped, has ended, or was never started."""
+
+
+class StillRunning(PortexecError, TimeoutError):
+    """The server has not ended in the time that the caller wanted to wait."""
+
+    status = STATUS_TIMEOUT
 
 
 class AlreadyEntered(PortexecError):
     """What `serve` returned was used in a `with` before."""
 
 
+class Abandoned(PortexecError):
+    """The program that drives the run has gone, or has asked for its end, before the run began."""
+
+
 class RefusedError(Exception):
     """This machine does not let us admit binds; the text says why."""
+
+
+class CloseOnError:
+    """A `with` block that closes something if the block fails, and so cannot hand it on.
+
+    contextlib has the like, and takes longer to import than all that happens before a command is executed.
+    """
+
+    __slots__ = ("_closable",)
+
+    def __init__(self, closable: Closable) -> None:
+        self._closable = closable
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._closable.close()
 
 
 def escaped(text: str) -> str:
@@ -138,15 +183,24 @@ def reason(error: OSError | MemoryError) -> str:
     return error.strerror or str(error)
 
 
-def shortage(error: BaseException) -> str:
-    """What the machine had not enough of, where that is what the error says; else nothing. It is nobody's mistake."""
+def is_shortage(error: OSError) -> bool:
+    """Whether there were not enough descriptors or memory for a call, which says nothing about what was asked."""
+    return error.errno in _SHORTAGES
+
+
+def shortage(error: BaseException) -> PortexecError | None:
+    """The error to report where the machine, or a limit, has not enough of something. None for any other error."""
     if isinstance(error, MemoryError):
-        return reason(error)
-    if isinstance(error, OSError) and error.errno in _SHORTAGES:
-        return f"cannot go on: {reason(error)}"
+        return PortexecError(reason(error))
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return PortexecError(f"cannot open another file: {reason(error)}", "raise the limit with `ulimit -n`")
+    if isinstance(error, OSError) and is_shortage(error):
+        return PortexecError(f"cannot go on: {reason(error)}")
     if isinstance(error, ImportError) and (error.path or "").endswith(".so"):
-        return f"cannot go on: {error}"  # the dynamic loader's words: no descriptor for a part of Python, or no memory
-    return ""
+        return PortexecError(f"cannot go on: {error}")  # the dynamic loader's words, about a part of Python
+    if isinstance(error, SystemError):
+        return PortexecError(f"Python itself has failed, as it may when it is out of memory: {error}")
+    return None
 
 
 def how_it_ended(wait_status: int) -> str:
@@ -160,6 +214,6 @@ def how_it_ended(wait_status: int) -> str:
 
 
 def of_status(status: int, message: str, hint: str) -> PortexecError:
-    """The error that ends with this status, made again from what another process of ours told of it."""
+    """The error of a status, made again from the text that another process of ours has sent."""
     kinds = {kind.status: kind for kind in (CannotExecute, CommandNotFound)}
     return kinds.get(status, PortexecError)(message, hint)

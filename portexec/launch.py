@@ -1,4 +1,4 @@
-"""From a request to a launch that is ready to go: bind, plan. Nobody else has been told anything yet."""
+"""From a request to a launch that is ready to go: bind, plan. Nothing is published yet."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from portexec.command.plan import (
     injected,
     template_values,
 )
-from portexec.errors import PortexecError, UsageError
-from portexec.request import Request
+from portexec.errors import CloseOnError, CommandNotFound, PortexecError, UsageError
+from portexec.request import HTTPS, Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SHELL = "/bin/sh"
 
 
 class Launch:
-    """A plan with all that is bound for it, which it owns until the command has it. It does not change.
+    """A plan, and all that is bound for it. It owns what is bound until the command gets it. It does not change.
 
     `from_files` are the variables of the env files, `variables` the injected numbers; `first_fd` is the descriptor of the first
     listener, None if none is passed; `remap` goes from fixed numbers to ours.
@@ -80,8 +80,33 @@ class Launch:
         """Whether portexec is the parent of the command."""
         return self.request.lifetime.stays(self.choice.hand_off)
 
+    def advice_after_early_end(self) -> str:
+        """What may help a server that ended before it was ready; empty for most."""
+        return _quote_it(self.request) or self.how_to_take()
+
+    def how_to_take(self) -> str:
+        """A hint for a command that does not take the sockets it gets; empty where its words name them, or it gets none.
+
+        It is for later: some commands find the sockets by LISTEN_FDS, so that we cannot know at the start.
+        """
+        if self.first_fd is None or self.choice.named:
+            return ""
+        can_bind = self.choice.is_final and all(spec.kind == "tcp" for spec in self.request.specs)
+        other = "; leave --hand-off out if it binds the number itself" if can_bind else ""
+        take = f"the command has to take descriptor {self.first_fd}, {{fd}} in its words"
+        return f"with hand-off fd portexec listens, and {take}{other}"
+
+    def hidden_number(self) -> str:
+        """A note where a variable of the user's own hides a number of ours; empty for most."""
+        for name, number in self.variables.items():
+            value = self.plan.environment.get(name, number)
+            is_other = value.isdecimal() and value not in self.variables.values() and int(value) not in self.remap
+            if is_other and number != "0":  # 0 is the number of a unix socket
+                return f"-e sets {name} to {value}, and portexec has {number}; -l {value} asks for {value}"
+        return ""
+
     def plan_shell(self, script: str, listeners: Sequence[Listener]) -> Plan:
-        """A plan for the shell to run this script: with the templates and variables of these listeners, and no socket."""
+        """A plan for the shell to run this script, with the templates and variables of these listeners, but no socket."""
         values = template_values(listeners, None)
         extra = {name: text for name, text in self.request.extra.items() if not templates.uses(text, "fd")}
         variables = _compose(self.request, self.from_files, self.variables, extra, values)
@@ -89,20 +114,56 @@ class Launch:
 
 
 def prepare(request: Request, undo: Undo) -> Launch:
-    """Bind what was asked for and plan the command's start. Raises PortexecError, with nothing left bound.
+    """Bind the listeners and plan the command's start. Raises PortexecError, with nothing left bound.
 
     What is made in the file system is recorded in `undo`.
     """
+    return plan(request, *bind(request, undo), {})
+
+
+def bind(request: Request, undo: Undo) -> tuple[Choice, Bound]:
+    """The first half of `prepare`."""
     choice = request.choose()
     if sys.platform != "linux":
         _require_possible_elsewhere(request, choice)
     request.lifetime.require_possible(choice, [spec.kind for spec in request.specs])
-    bound = bind_all(request.specs, listening=choice.hand_off == FD, backlog=request.backlog, undo=undo)
+    bound = bind_all(
+        request.specs,
+        listening=choice.hand_off == FD,
+        backlog=request.backlog,
+        socket_mode=request.socket_mode,
+        undo=undo,
+    )
+    if request.lifetime.is_first_over_tls():
+        bound.listeners[0].scheme = HTTPS
+    with CloseOnError(bound):
+        if request.host:
+            from portexec.binding import known_as
+
+            known_as.make_known(bound.listeners, request.host)
+    return choice, bound
+
+
+def plan(request: Request, choice: Choice, bound: Bound, others: Mapping[str, str]) -> Launch:
+    """The other half of `prepare`. `others` are values of further templates, which name other servers."""
+    with CloseOnError(bound):
+        return _plan(request, choice, bound, others)
+
+
+def give_back(launch: Launch | None, undo: Undo) -> None:
+    """Close what is bound, and undo what was made.
+
+    In this order: undoing has to look at files, which takes a free descriptor. So does importing the modules for the message.
+    """
     try:
-        return _plan(request, choice, bound)
-    except BaseException:
-        bound.close()
-        raise
+        if launch is not None:
+            launch.bound.close()
+    except OSError:
+        pass  # they were moved for the command already
+    try:
+        undo.run()
+    except OSError:
+        pass  # even now there is no descriptor
 
 
 def _require_possible_elsewhere(request: Request, choice: Choice) -> None:
@@ -119,18 +180,23 @@ def _require_possible_elsewhere(request: Request, choice: Choice) -> None:
         )
 
 
-def _plan(request: Request, choice: Choice, bound: Bound) -> Launch:
+def _plan(request: Request, choice: Choice, bound: Bound, others: Mapping[str, str]) -> Launch:
     first_fd = request.first_fd if choice.hand_off == FD else None
     variables = injected(bound.listeners)
-    values = template_values(bound.listeners, first_fd)
+    values = {**others, **template_values(bound.listeners, first_fd)}
     names = announced_names(choice, request.inherited, bound.listeners, request.lowest_fd)
-    from_files = environment.read_env_files(request.chosen.env_file, request.given | variables)
+    from_files = environment.read_env_files(
+        request.chosen.env_file,
+        request.given | variables,
+        is_quiet=request.chosen.quiet,
+        driver=request.lifetime.control_fd,
+    )
     complete = _compose(request, from_files, variables | activation.variables(names), request.extra, values)
     passed = descriptors(request.inherited, bound.listeners)
     _require_room(request.lowest_fd + len(passed))
     argv = [templates.expand(word, values) for word in request.command]
     plan = Plan(
-        execute.find_command(argv[0], complete),
+        _find_command(request, argv[0], complete),
         argv,
         complete,
         passed=passed,
@@ -144,8 +210,20 @@ def _plan(request: Request, choice: Choice, bound: Bound) -> Launch:
     if choice.hand_off == HOLD:
         launch = launch.held(choice.why)
     if request.lifetime.then:
-        launch.plan_shell(request.lifetime.then, bound.listeners)  # refuses templates that it cannot have
+        launch.plan_shell(request.lifetime.then, bound.listeners)  # raises UsageError for templates without a value
     return launch
+
+
+def _find_command(request: Request, name: str, environment: Mapping[str, str]) -> str:
+    try:
+        return execute.find_command(name, environment)
+    except CommandNotFound as error:
+        raise CommandNotFound(error.message, _quote_it(request) or error.hint) from error
+
+
+def _quote_it(request: Request) -> str:
+    quoted = request.chosen.quotes_for_then()
+    return quoted and f"if the words before -- belong to --then, quote them: --then {quoted}"
 
 
 def _compose(
@@ -161,7 +239,7 @@ def _compose(
 
 
 def _require_room(end: int) -> None:
-    """Refuse descriptors that the limit does not allow, before anybody is told anything."""
+    """Refuse descriptors that the limit does not allow, before anything is published."""
     limit = os.sysconf("SC_OPEN_MAX")
     if end > limit > 0:
         raise PortexecError(f"descriptor {end - 1} is beyond the limit of {limit}", "raise it with `ulimit -n`")

@@ -1,10 +1,10 @@
-"""The command line: one table of options, from which both the parser and `--help` are made. Pure.
+"""The command line: one table of options, from which the parser, `-h` and `--help` are made. Pure.
 
     portexec [OPTION]... [--] COMMAND [ARG]...
 
-Options end at the first word that is none, or at `--`, as with env, nice and timeout. It is a parser of our own because the
-standard one costs as much time to import as all that portexec does, and loses a `--` inside the command (argparse before
-Python 3.13).
+Options end at the first word that is no option, or at `--`, as with env, nice and timeout. The parser is our own for two
+reasons. Importing argparse takes as long as all that portexec does. And before Python 3.13 argparse loses a `--` inside the
+command.
 """
 
 from __future__ import annotations
@@ -21,115 +21,194 @@ LIFETIME = "Lifetime"
 USAGE = "portexec [OPTION]... [--] COMMAND [ARG]..."
 
 
+_ONE_SCRIPT = "write both in one: --then 'npm run lint && npm test'"
+_ONE_NAME = "write --name once"
+
+
 class Option:
-    """One option. `metavar` is empty for a switch; a `repeatable` one collects its values, of another the last counts."""
+    """One option. `metavar` is empty for a switch. A `repeatable` option collects its values; of others the last value counts.
 
-    __slots__ = ("field", "help", "long", "metavar", "repeatable", "short")
+    `field` is the attribute of `Options`. `common` options stand in `-h`. `single` is the hint for an option that may not be
+    given twice, empty for others.
+    A `verb` is a switch that stands in the place of a command, and takes the words after it as names.
+    """
 
-    def __init__(self, short: str, long: str, metavar: str, help: str, *, repeatable: bool = False) -> None:
+    __slots__ = ("common", "field", "help", "long", "metavar", "repeatable", "short", "single", "verb")
+
+    def __init__(
+        self,
+        short: str,
+        long: str,
+        metavar: str,
+        help: str,
+        *,
+        repeatable: bool = False,
+        common: bool = False,
+        field: str = "",
+        single: str = "",
+        verb: bool = False,
+    ) -> None:
         self.short = short
         self.long = long
         self.metavar = metavar
         self.help = help
         self.repeatable = repeatable
-        self.field = long[2:].replace("-", "_")
+        self.common = common
+        self.single = single
+        self.verb = verb
+        self.field = field or long[2:].replace("-", "_")
+
+    @property
+    def has_value(self) -> bool:
+        """Whether it takes a value."""
+        return bool(self.metavar) and not self.verb
 
 
 GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     (
         "Listeners",
         (
-            Option("-l", "--listen", "[NAME=]SPEC", f"what to listen on; default {spec.DEFAULT}", repeatable=True),
-            Option("-b", "--backlog", "N", "how many connections may wait; default 0, the most"),
+            Option("-l", "--listen", "[NAME=]SPEC", f"what to listen on; default {spec.DEFAULT}", repeatable=True, common=True),
+            Option("-b", "--backlog", "N", "how many connections may wait; default: the most"),
+            Option("", "--host", "NAME", "what other machines are told, in {host} and {url}"),
+            Option("", "--socket-mode", "MODE", "who may use unix sockets, as 660; default by umask"),
         ),
     ),
     (
         "Hand-off",
         (
-            Option("-H", "--hand-off", "|".join(HAND_OFFS), "how the command gets the port; default auto"),
-            Option("", "--remap", "PORT[=NAME]", "a bind to this fixed port gets the listener's instead", repeatable=True),
-            Option("", "--first-fd", "N", "the first descriptor; default 3, 0 is standard input"),
-            Option("", "--no-pid", "", "leave LISTEN_PID out, for readers behind make or uv run"),
+            Option("-H", "--hand-off", "|".join(HAND_OFFS), "how the command gets the port; default auto", common=True),
+            Option("", "--remap", "PORT[=NAME]", "a bind to this port gets the listener's instead", repeatable=True),
+            Option("", "--first-fd", "N", "the first descriptor; default 3, 0 is stdin"),
+            Option("", "--no-pid", "", "leave LISTEN_PID out, behind make or uv run"),
         ),
     ),
     (
         "Environment",
         (
-            Option("-e", "--env", "NAME=TEMPLATE", "set a variable of the command", repeatable=True),
-            Option("", "--env-file", "FILE", "read variables, dotenv syntax; knows ${PORT}", repeatable=True),
+            Option("-e", "--env", "NAME=TEMPLATE", "set a variable of the command", repeatable=True, common=True),
+            Option("", "--env-file", "FILE", "read variables, dotenv syntax; knows ${PORT}", repeatable=True, common=True),
         ),
     ),
     (
         "Publish",
         (
-            Option("", "--port-file", "FILE", "write the first listener's number to FILE"),
-            Option("", "--export", "FILE", "append PORT=NUMBER lines to FILE, such as $GITHUB_ENV"),
+            Option("", "--port-file", "FILE", "write the first listener's number to FILE", common=True),
+            Option("", "--export", "FILE", "append PORT=NUMBER lines, as to $GITHUB_ENV"),
             Option("", "--json", "", "announce on stderr as one JSON line"),
-            Option("-q", "--quiet", "", "announce nothing"),
+            Option("-q", "--quiet", "", "announce nothing", common=True),
             Option("-v", "--verbose", "", "say what was chosen and why"),
         ),
     ),
     (
         LIFETIME,
         (
-            Option("", "--then", "COMMAND", "when ready, run this in a shell; stop when it ends"),
-            Option("", "--ready", "FORM", "listen|accept|http[:PATH]|notify|none: what counts as ready"),
+            Option("", "--then", "COMMAND", "when ready, run this in a shell, then stop", common=True, single=_ONE_SCRIPT),
+            Option("", "--ready", "FORM", "listen|accept|http[s][:PATH]|notify|none", common=True),
             Option("", "--ready-timeout", "DURATION", "give up with status 124; default 60s"),
             Option("", "--ready-fd", "N", "write one JSON line to descriptor N when ready"),
-            Option("", "--restart", "no|on-failure|always", "start the command again, on the same socket"),
+            Option("", "--restart", "no|on-failure|always", "start the command again, on the same socket", common=True),
             Option("", "--lazy", "", "start the command at the first connection"),
-            Option("", "--control-fd", "N", "be driven by a program: JSON lines over this socket"),
-            Option("-k", "--kill-after", "DURATION", "TERM to KILL for what is left behind; default 5s"),
+            Option("", "--log", "FILE", "the command's output; its end is shown on failure", common=True),
+            Option("", "--control-fd", "N", "be driven by a program: JSON lines on this socket"),
+            Option("-k", "--kill-after", "DURATION", "from TERM to KILL of what is left; default 5s"),
+        ),
+    ),
+    (
+        "Servers with a name",
+        (
+            Option("", "--name", "NAME", "run it under this name, for --url, --stop, --logs", common=True, single=_ONE_NAME),
+            Option("", "--detach", "", "with --name: go to the background when ready, and print the address", common=True),
+            Option("", "--reuse", "", "with --detach: if the same server runs already, use that"),
+            Option("", "--project", "DIR", "the project of the names; default: the nearest directory upwards with .git"),
+            Option("", "--list", "", "show what runs and what ended", verb=True, common=True),
+            Option("", "--url", "NAME...", "wait until the server is ready, print its address", verb=True, common=True),
+            Option("", "--stop", "NAME...|--all", "stop it, wait until nothing is left", verb=True, common=True),
+            Option("", "--all", "", "with --stop and --forget: all of this project"),
+            Option("", "--logs", "NAME", "print what it has written", verb=True, common=True),
+            Option("-f", "--follow", "", "with --logs: go on until it ends"),
+            Option("", "--forget", "NAME...|--all", "take what ended off the list, with its log", verb=True),
         ),
     ),
     (
         "Other",
         (
-            Option("-n", "--dry-run", "", "print the plan and exit"),
+            Option("-n", "--dry-run", "", "print the plan and exit", common=True),
             Option("", "--check", "", "tell what this machine can do, and exit"),
-            Option("-h", "--help", "", "show this page and exit"),
+            Option("", "--completion", "bash|zsh|fish", "print the completion for a shell, and exit"),
+            Option("-h", "", "", "show the options most used and exit", field="usage"),
+            Option("", "--help", "", "show all options and exit", common=True),
             Option("-V", "--version", "", "show the version and exit"),
         ),
     ),
 )
 
-_HELP_HEAD = f"""\
-Usage: {USAGE}
-Bind a free port first, then run COMMAND with it: nobody can take the port in between.
+# Options of other tools, and hints what to write here instead.
+_ELSEWHERE: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("-p", "--port"), "the port is given with -l: -l 3000, or -l 3000,0 for any other if taken"),
+    (("--status", "--ps", "--ls"), "--list shows what runs"),
+    (("-d", "--daemon", "--daemonize", "--background"), "--detach goes to the background: write --name NAME --detach"),
+    (("--kill",), "--stop NAME stops it"),
+    (("--stop-all", "--kill-all"), "--stop --all stops all of this project"),
+    (("--rm", "--remove", "--delete", "--prune"), "--forget NAME takes what has ended off the list, with its log"),
+    (("--force",), "no port is taken from another server; --stop NAME stops one, and -l 3000,0 takes any other port"),
+    (("--reload", "--watch"), "HUP to portexec with --restart and {fd} starts the command anew; entr or watchexec can send it"),
+)
+_ALIKE = 0.8  # from this ratio on, one option is another with a slip in it
 
-  portexec -- uvicorn app:app --fd 3            serve on an inherited socket
-  portexec -- npm start                         serve on $PORT
-  portexec -l 3000,0 -- vite --port {{port}}      3000 if it is free, else any port
-  portexec --then 'npm test' -- npm start       test the server, stop it, end as the tests did
+# What `--help` and the manual say beside the options. Indented lines stay as they are.
+PURPOSE = "Bind a free port first, then run COMMAND with it: nobody can take the port."
+EXAMPLES = """\
+  portexec -- uvicorn app:app --fd 3        serve on an inherited socket
+  portexec -- npm start                     serve on $PORT
+  portexec -l 3000,0 -- vite --port {port}  3000 if it is free, else any port
+  portexec --then 'npm test' -- npm start   test the server, stop it, end as the
+                                            tests did
+"""
+SPECS = """\
+SPEC is ADDRESS, ADDRESS:PORTS, PORTS, unix:PATH, unix:@ABSTRACT or
+udp:[ADDRESS:]PORTS, where
+  ADDRESS  127.0.0.1  [::1]  localhost  0.0.0.0  [::]  * (both)  a host name
+  PORTS    0 (any)  8000  8000-8099  stable (the project's own number)
+           3000,0   candidates, tried in this order
+"""
+SEEN = """\
+The command sees $PORT, and $API_PORT for a listener named api. In its words and
+in -e, {port} {host} {url} {fd} stand for the first listener, {api.port} ...
+for api.
+"""
+HAND_OFF = """\
+Hand-offs: fd gives the command listening sockets, at descriptor 3 and following
+and as LISTEN_FDS. With guard the command binds the number itself, and no other
+program can. With hold the command binds it, too, but so could another program
+that names it and sets SO_REUSEADDR. auto is fd when the command names the
+descriptor ({fd}, --fd 3, fd://3), else guard, else hold.
+"""
+STAYING = f"""\
+Any option under {LIFETIME}, and --name, makes portexec stay as the parent, and
+stop what the command leaves behind. With --restart and fd, HUP to portexec
+starts the command anew beside the old one, which is stopped when the new one is
+ready.
+"""
+EXIT_STATUS = """\
+Exit status: the command's own, or that of --then; 124 if it was not ready in
+time, 125 if portexec itself failed, 126 if the command cannot be executed, 127
+if it was not found.
 """
 
-_HELP_TAIL = """
-SPEC is ADDRESS, ADDRESS:PORTS, PORTS, unix:PATH or udp:[ADDRESS:]PORTS, where
-  ADDRESS  127.0.0.1  [::1]  localhost  0.0.0.0  [::]  * (both families)  a host name
-  PORTS    0 (any)  8000  3000,0  8000-8099     candidates, tried in this order
-
-The command sees $PORT, and $API_PORT for a listener named api. In its words and in
--e, {port} {host} {url} {fd} stand for the first listener, {api.port} ... for api.
-
-Hand-offs: fd gives the command listening sockets, at descriptor 3 and following and as
-LISTEN_FDS. With guard it binds the number itself, and nobody else can. With hold it
-binds it itself, and so could another that names it and sets SO_REUSEADDR. auto is fd
-when the command names the descriptor ({fd}, --fd 3, fd://3), else guard, else hold.
-
-Any option under Lifetime makes portexec stay as the parent. HUP to it, with --restart and
-fd, starts the command anew beside the old one, which is stopped when the new is ready.
-
-Exit status: the command's own, or that of --then; 124 if it was not ready in time, 125
-if portexec itself failed, 126 if the command cannot be executed, 127 if it was not found.
-"""
+_HEAD = f"Usage: {USAGE}\n{PURPOSE}\n\n{EXAMPLES}"
+_WIDTH = 80
+_HELP_COLUMN = 31
 
 
 class Options:
-    """What the user asked for, as text where it is yet to be parsed. One attribute for each option, and the command."""
+    """What the user asked for; values are text that is yet to be parsed. One attribute for each option, and the command."""
 
     def __init__(self) -> None:
         self.listen: list[str] = []
         self.backlog: str = "0"
+        self.host: str | None = None
+        self.socket_mode: str | None = None
         self.hand_off: str = AUTO
         self.first_fd: str | None = None
         self.no_pid = False
@@ -146,72 +225,141 @@ class Options:
         self.ready_timeout: str | None = None
         self.ready_fd: str | None = None
         self.restart: str | None = None
+        self.log: str | None = None
         self.control_fd: str | None = None
         self.lazy = False
         self.kill_after: str | None = None
+        self.name: str | None = None
+        self.detach = False
+        self.reuse = False
+        self.project: str | None = None
+        self.list = False
+        self.url = False
+        self.stop = False
+        self.all = False
+        self.logs = False
+        self.follow = False
+        self.forget = False
         self.dry_run = False
         self.check = False
+        self.completion: str | None = None
+        self.usage = False
         self.help = False
         self.version = False
+        self.is_marked = False  # the command comes after `--`
         self.command: list[str] = []
+        self.names: list[str] = []  # of a verb
 
     def lifetime(self) -> list[str]:
         """The options given that make portexec stay as the parent."""
-        return [option.long for title, group in GROUPS for option in group if title == LIFETIME and self._is_given(option)]
+        given = [option.long for title, group in GROUPS for option in group if title == LIFETIME and self._is_given(option)]
+        return given if self.name is None else [*given, "--name"]
+
+    def verbs(self) -> list[str]:
+        """The options given that stand in the place of a command."""
+        return [option.long for _, group in GROUPS for option in group if option.verb and self._is_given(option)]
+
+    def given(self) -> list[str]:
+        """All options given, but for those that repeat their default."""
+        usual = Options()
+        options = (option for _, group in GROUPS for option in group)
+        return [option.long for option in options if getattr(self, option.field) != getattr(usual, option.field)]
+
+    def quotes_for_then(self) -> str:
+        """The value of --then in quotes, where they were probably forgotten: `--then npm test -- npm start`. Else empty.
+
+        In that case the second word began the command, and the intended command comes after a `--`. This is a guess: the
+        command may have a `--` of its own.
+        """
+        words = self.command
+        if self.is_marked or not self.then or len(self.then.split()) != 1 or "--" not in words[1:-1]:
+            return ""
+        end = words.index("--", 1)
+        if words[end + 1].startswith("-"):
+            return ""
+        from shlex import join, quote
+
+        return quote(join([self.then, *words[:end]]))
 
     def _is_given(self, option: Option) -> bool:
         return getattr(self, option.field) not in (None, False)
 
 
 def parse(words: Sequence[str]) -> Options:
-    """Sort the words into options and command. Raises UsageError for a usage error."""
+    """Sort the words into options and command. Raises UsageError."""
     options = Options()
     by_name = {name: option for _, group in GROUPS for option in group for name in (option.short, option.long) if name}
     rest = list(words)
-    while rest and rest[0].startswith("-") and rest[0] != "-":
-        word = rest.pop(0)
+    has_verb = False
+    script = ""  # the value of --then, if the option before was that
+    while rest:
+        word = rest[0]
+        if not word.startswith("-") or word == "-":
+            if not has_verb:
+                break
+            options.names.append(rest.pop(0))
+            continue
+        del rest[0]
         if word == "--":
+            options.is_marked = True
             break
-        for option, value in _read(word, by_name):
-            if option.metavar and value is None and not rest:
-                raise UsageError(f"option {word} needs a value", f"write {word} {option.metavar}")
-            _store(options, option, rest.pop(0) if option.metavar and value is None else value)
+        for option, value in _read(word, by_name, script):
+            script = ""
+            if option.has_value and value is None and rest[:1] in ([], ["--"]):
+                unset = "; is a variable unset?" if rest else ""
+                raise UsageError(f"option {word} needs a value", f"write {word} {option.metavar}{unset}")
+            _store(options, option, rest.pop(0) if option.has_value and value is None else value)
+            script = options.then or "" if option.field == "then" else ""
+            has_verb = has_verb or option.verb
     options.command = rest
     return options
 
 
-def _read(word: str, by_name: dict[str, Option]) -> list[tuple[Option, str | None]]:
-    """The options in one word: `--long`, `--long=VALUE`, or a cluster such as `-qn` or `-l8000`."""
+def _read(word: str, by_name: dict[str, Option], script: str) -> list[tuple[Option, str | None]]:
+    """The options in one word: `--long`, `--long=VALUE`, or a cluster such as `-qn` or `-l8000`.
+
+    `script` is the value of a --then just before it: an unknown option may belong to that value.
+    """
+    likely = f"if {word} belongs to --then, quote it: --then '{script} {word} ...'" if script and " " not in script else ""
     if word.startswith("--"):
         name, equals, value = word.partition("=")
-        option = _known(name, by_name)
-        if equals and not option.metavar:
-            raise UsageError(f"option {name} takes no value", f"write {name} alone")
+        option = _known(name, by_name, likely)
+        if equals and not option.has_value:
+            hint = f"write {name} {value}" if option.verb else f"write {name} alone"
+            raise UsageError(f"option {name} takes no value", hint)
         return [(option, value if equals else None)]
     if f"-{word}" in by_name:
         raise UsageError(f"unknown option {word}", f"did you mean -{word}?")
     found: list[tuple[Option, str | None]] = []
     for position, letter in enumerate(word[1:], 2):
-        option = _known(f"-{letter}", by_name)
-        if option.metavar:
+        if letter == "=" and found:
+            raise UsageError(f"option -{word[position - 2]} takes no value", f"write -{word[position - 2]} alone")
+        option = _known(f"-{letter}", by_name, likely)
+        if option.has_value:
             return [*found, (option, word[position:] or None)]
         found.append((option, None))
     return found
 
 
-def _known(name: str, by_name: dict[str, Option]) -> Option:
+def _known(name: str, by_name: dict[str, Option], likely: str) -> Option:
+    """The option of a name. `likely` is a hint for an unknown one, which comes before all other hints."""
     if name in by_name:
         return by_name[name]
-    if name in ("-p", "--port"):
-        raise UsageError(f"unknown option {name}", "the port is given with -l: -l 3000, or -l 3000,0 for any other if taken")
-    import difflib
+    hint = likely or next((hint for names, hint in _ELSEWHERE if name in names), "")
+    if not hint:
+        import difflib
 
-    close = difflib.get_close_matches(name, by_name, 1, 0.6)
-    raise UsageError(f"unknown option {name}", f"did you mean {close[0]}?" if close else "portexec --help lists the options")
+        close = difflib.get_close_matches(name, by_name, 1, _ALIKE)
+        hint = f"did you mean {close[0]}?" if close else "portexec --help lists the options"
+    raise UsageError(f"unknown option {name}", hint)
 
 
 def _store(options: Options, option: Option, value: str | None) -> None:
-    if not option.metavar:
+    if option.metavar == "FILE" and not value:
+        raise UsageError("names no file", "its value is empty; is a variable unset?", about=option.long)
+    if option.single and getattr(options, option.field) is not None:
+        raise UsageError(f"option {option.long} is given twice", option.single)
+    if not option.has_value:
         setattr(options, option.field, True)
     elif option.repeatable:
         getattr(options, option.field).append(value)
@@ -221,12 +369,23 @@ def _store(options: Options, option: Option, value: str | None) -> None:
 
 def help_text() -> str:
     """The page that `--help` shows."""
-    lines = [_HELP_HEAD]
-    for title, group in GROUPS:
-        lines.append(f"\n{title}\n")
-        for option in group:
-            names = f"{option.short + ', ' if option.short else '    '}{option.long} {option.metavar}".rstrip()
-            gap = "\n" + " " * 33 if len(names) > 29 else " " * (31 - len(names))
-            lines.append(f"  {names}{gap}{option.help}\n")
-    lines.append(_HELP_TAIL)
-    return "".join(lines)
+    groups = (f"\n{title}\n" + "".join(map(_help_of, group)) for title, group in GROUPS)
+    return "\n".join(["".join([_HEAD, *groups]), SPECS, SEEN, HAND_OFF, STAYING, EXIT_STATUS])
+
+
+def usage_text() -> str:
+    """The page that `-h` shows, which fits a small terminal."""
+    common = (_help_of(option) for _, group in GROUPS for option in group if option.common)
+    return "".join([_HEAD, "\nOptions most used\n", *common, "\n", EXIT_STATUS])
+
+
+def _help_of(option: Option) -> str:
+    import textwrap
+
+    comma = ", " if option.short and option.long else "  "
+    left = f"  {option.short or '  '}{comma}{option.long} {option.metavar}".rstrip()
+    lines = textwrap.wrap(option.help, _WIDTH - _HELP_COLUMN, break_on_hyphens=False)
+    if len(left) > _HELP_COLUMN - 2:
+        lines.insert(0, "")
+    rows = [left, *[""] * (len(lines) - 1)]
+    return "".join(f"{row:<{_HELP_COLUMN}}{line}".rstrip() + "\n" for row, line in zip(rows, lines, strict=True))

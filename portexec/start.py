@@ -1,59 +1,102 @@
-"""From a launch to the command: become it, or stay as its parent. Fall back to `hold` where `guard` cannot be had.
+"""From a launch to the command: become it, or stay as its parent. Fall back to `hold` where `guard` is not possible.
 
-rehearse -> publish -> execute            hand-offs `fd` and `hold`: portexec becomes the command
-fork a shim, rehearse -> publish -> live  hand-off `guard`, and every option under Lifetime: portexec stays
+publish -> execute                            hand-offs `fd` and `hold`: portexec becomes the command
+fork a shim [-> rehearse] -> publish -> live  hand-off `guard`, which rehearses, and options under Lifetime: portexec stays
 """
 
 from __future__ import annotations
 
+import gc
 import os
 
 from portexec.command import execute
-from portexec.command.plan import GUARD, HOLD
+from portexec.command.plan import GUARD, HOLD, advice, exported, misplaced
 from portexec.errors import PortexecError, RefusedError, UsageError, reason
-from portexec.kernel import STDERR
+from portexec.kernel import STDERR, STDIN, STDOUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
     from typing import NoReturn
 
     from portexec.command.plan import Plan
     from portexec.launch import Launch
+    from portexec.lifetime.log import Log
     from portexec.lifetime.notify import NotifySocket
-    from portexec.lifetime.run import Outcome
+    from portexec.lifetime.program import Program
+    from portexec.lifetime.run import Outcome, Run
     from portexec.lifetime.start import Start
+    from portexec.names.registry import Claim
+    from portexec.parent.family import Family
+    from portexec.parent.protocol import Job
     from portexec.parent.shim import Shim
-    from portexec.parent.signals import Inbox, Received
-    from portexec.parent.supervisor import Job
+    from portexec.parent.signals import Received
 
 
-def start(launch: Launch) -> int:
-    """Run the command of a launch. Returns a wait status of waitpid(2), or becomes the command.
+def start(launch: Launch, claim: Claim | None = None) -> int:
+    """Run the command of a launch; `claim` is its name, if any. Returns a wait status of waitpid(2), or becomes the command.
 
-    Raises PortexecError, with what was made in the file system still to be undone by the caller.
+    Raises PortexecError. The caller then undoes what was made in the file system.
     """
     if launch.stays():
-        launch = _possible(launch)
+        launch = as_possible(launch, is_driven=launch.request.lifetime.control_fd is not None)
     if not launch.stays():
         _become(launch)
-    parent = _Parent(launch)
+    from portexec.parent import loop
+
+    family = _family()
+    parent = Parent(launch, family, claim=claim, program=_program(launch))
     try:
-        outcome = parent.run()
+        outcome = loop.run(parent.run())
     except _MerelyHold as fallback:
+        _take_back(family)
         _become(fallback.launch)
-    if outcome.error is not None:
-        say_error_of(launch, outcome.error)
+    parent.tell_outcome(outcome)
     return outcome.wait_status
 
 
-def _possible(launch: Launch) -> Launch:
-    """The launch as it can be had here: with `hold` where there can be no parent and nobody insists on one."""
+def _family() -> Family:
+    """This process, which stays, and those around it."""
+    from portexec import procfs
+    from portexec.parent import naming, signals
+    from portexec.parent.family import Family
+
+    naming.name_front()
+    inbox = signals.Inbox()  # first: from now on no signal ends us with something left behind
+    shells = procfs.shells() if signals.has_terminal() else set()
+    others = procfs.children() if signals.has_children() else set()
+    return Family(inbox, others, shells)
+
+
+def _program(launch: Launch) -> Program | None:
+    fd = launch.request.lifetime.control_fd
+    if fd is None:
+        return None
+    from portexec.lifetime.program import ProgramOfItsOwn
+
+    return ProgramOfItsOwn(fd)
+
+
+def _take_back(family: Family) -> None:
+    """Make this process again what it was before it became a parent."""
+    from portexec import kernel
+
+    family.inbox.restore()
+    family.inbox.close()
+    kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 0)
+
+
+def as_possible(launch: Launch, *, is_driven: bool) -> Launch:
+    """The launch as it is possible here: with `hold` where portexec cannot be a parent and nothing insists on one.
+
+    `is_driven`: a program drives the run, and insists.
+    """
     from portexec.parent import possible
 
     why = possible.why_not()
     if not why:
         return launch
-    if launch.request.lifetime.control_fd is not None:
+    if is_driven:
         raise PortexecError(f"portexec cannot be the parent of a command here: {why}")
     if launch.request.lifetime.is_asked_for_with(HOLD):
         given = launch.request.chosen.lifetime()[0]
@@ -69,121 +112,155 @@ def _no_guard(why: object) -> PortexecError:
     )
 
 
-def say_error_of(launch: Launch, error: PortexecError) -> None:
-    """Tell an error to whoever is to know: the program at the control descriptor, or people."""
-    fd = launch.request.lifetime.control_fd
-    if fd is None:
-        from portexec.say import say_error
-
-        say_error(error)
-    else:
-        from portexec import control
-
-        control.tell_error(fd, error)
-
-
 def _become(launch: Launch) -> NoReturn:
     _publish_files(launch)
-    _announce(launch)
+    _announce(launch, None)
     execute.execute(launch.plan)
 
 
 class _MerelyHold(Exception):  # not an error: it turns portexec back into a program that executes
-    """`guard` cannot be had, and with `hold` nobody has to stay."""
+    """`guard` is not possible, and with `hold` portexec does not have to stay."""
 
     def __init__(self, launch: Launch) -> None:
         super().__init__()
         self.launch = launch
 
 
-class _Parent:
-    """A portexec that stays, before its run has begun. What a shim leaves behind that is killed becomes its own."""
+class Parent:
+    """A portexec that stays, or the part of a host for one server. It makes the run, and undoes what was made for the run.
 
-    def __init__(self, launch: Launch) -> None:
-        from portexec import procfs
-        from portexec.parent import signals
+    `claim` is the name of the run, if it has one; `program` drives it, if one does. `limits` are soft limits for the command.
+    `before_start` is called before each start. It raises OSError where the command cannot be started.
+    """
 
+    def __init__(
+        self,
+        launch: Launch,
+        family: Family,
+        *,
+        claim: Claim | None = None,
+        program: Program | None = None,
+        limits: Mapping[int, int] | None = None,
+        before_start: Callable[[], None] = lambda: None,
+    ) -> None:
         self.launch = launch
+        self.family = family
+        self.claim = claim
+        self.advised: set[str] = set()
+        self.program = program
+        self.limits = limits
         self.lifetime = launch.request.lifetime
-        self.inbox: Inbox = signals.Inbox()  # first: from now on no signal ends us with something left behind
-        self.shells = procfs.shells() if signals.has_terminal() else set()
-        self.others = procfs.children() if signals.has_children() else set()
-        for fd in (self.lifetime.ready_fd, self.lifetime.control_fd):
-            if fd is not None and fd > STDERR:
-                os.set_inheritable(fd, False)  # it is for us, not for the command
+        self.before_start = before_start
+        self.shims: list[Shim] = []  # those that may not have ended
+        self.living: Run | None = None
+        fd = self.lifetime.ready_fd
+        if fd is not None and fd > STDERR:
+            os.set_inheritable(fd, False)  # it is for us, not for the command
         self.notify = self._make_notify_socket()
+        self.log = self._open_log()
+        if self.lifetime.then:
+            self._give(_open_input())
 
-    def run(self) -> Outcome:
-        """Start the command, live, and undo what was made. Raises PortexecError, or _MerelyHold with everything as it was."""
+    async def run(self) -> Outcome:
+        """Start the command, live, and undo what was made. Raises PortexecError, or _MerelyHold with nothing started."""
+        early = self._early()
         try:
-            early = self.inbox.read()  # pending before there was a shim, which cannot have seen them
-            first = self._first_start()
-            try:
-                _publish_files(self.launch)
-            except BaseException:
-                first.shim.leave()
-                raise
-            first.shim.share(self.launch.bound.undo)  # before anybody is told
-            _announce(self.launch)
-            if not self.lifetime.is_lazy:
-                first.go()
-            if not self.lifetime.is_asked_for_with(self.launch.choice.hand_off):
-                first.forward_early(early)  # at once: the command may look whether one is pending
-                early = []
-            return self._live(first, early)
+            first = await self._first_start()
         except OSError as error:
             raise PortexecError(f"cannot start the command: {reason(error)}") from error
         except RefusedError as refusal:
             raise _no_guard(refusal) from refusal
+        self.launch.bound.undo.leave_to(first.shim)
+        try:
+            _publish_files(self.launch)
+        except BaseException:
+            await self._undo(first.shim)
+            raise
+        if self.log is not None:
+            self.log.keep()
+        self._register()
+        _announce(self.launch, self.program)
+        is_for_command = not self.lifetime.is_asked_for_with(self.launch.choice.hand_off)
+        if not self.lifetime.is_lazy:
+            first.go(early if is_for_command else ())
+        return await self._live(first, () if is_for_command else early)
 
-    def _live(self, first: Start, early: list[Received]) -> Outcome:
-        """What needs more modules than the start is imported while the command starts."""
+    def _early(self) -> list[Received]:
+        """The signals that came before there was a shim, and that no shim can have seen."""
+        return [] if self.family.is_shared else self.family.inbox.read()
+
+    async def _live(self, first: Start, early: Iterable[Received]) -> Outcome:
+        gc.enable()
         from portexec.lifetime.events import Reporter
-        from portexec.lifetime.run import Family, Run
-        from portexec.parent import loop
+        from portexec.lifetime.run import Run
 
-        reporter = Reporter(self.launch)
+        reporter = Reporter(self.launch, self.claim, self.program)
         if not self.lifetime.is_asked_for_with(self.launch.choice.hand_off):
             self._keep_little(first)
-        family = Family(self.others, self.shells)
-        run = Run(self.launch, first, self._make_shim, self.inbox, self.notify, reporter, family)
-        outcome = loop.run(run.live(early))
-        reporter.finish()
-        end = first.end
-        if end is None or not end.is_left:
-            self.launch.bound.undo.run()  # else the shim that is left does it
-        run.server.current.dismiss()
+        run = self.living = Run(self.launch, first, self._make_shim, self.notify, reporter, self.family)
+        outcome = await run.live(early)
+        reporter.finish(outcome.wait_status, is_told=outcome.is_told)
+        if first.end is None or not first.end.is_left:
+            await self._undo(run.server.current.shim)  # else the shim that stays with its daemon undoes it
+        for shim in self.shims:
+            if shim.pid not in self.family.others:  # `others` has the shim that stays with its daemon
+                shim.leave()  # one is still there if its server ended while another was about to replace it
+                await self.family.gone(shim)
         return outcome
 
+    async def _undo(self, heir: Shim) -> None:
+        """Undo what was made, and let the heir end. If we have no descriptor left to look at a file with, the heir undoes."""
+        try:
+            self.launch.bound.undo.run()
+        except OSError:
+            heir.undo()
+        else:
+            heir.leave()
+        await self.family.gone(heir)
+
     def _keep_little(self, first: Start) -> None:
-        """Nothing else is to be started: the directory can be unmounted, and a pipe of the command's ends with the command."""
+        """Let go of what we need no more: then the directory can be unmounted, and pipes of the command end with it."""
         from portexec import kernel
 
         os.chdir("/")
         guards = self.launch.bound.guard_descriptors()
-        kernel.keep_only({STDERR, self.inbox.fileno(), first.shim.link.fileno(), *guards})
+        kernel.keep_only({STDERR, self.family.inbox.fileno(), first.shim.link.fileno(), *guards})
 
-    def _first_start(self) -> Start:
-        """The first start, ready to execute the command; with `hold` where `guard` cannot be had and nobody insists on it."""
+    async def _first_start(self) -> Start:
+        """The first start, ready to execute the command; with `hold` where `guard` is not possible and was not asked for."""
         try:
-            return self._prepared_start()
+            return await self._prepared_start()
         except RefusedError as refusal:
             if self.launch.choice.is_final:
                 raise
             self.launch = self.launch.held(f"hand-off guard cannot be had: {refusal}")
         if self.launch.stays():
-            return self._prepared_start()
-        self._take_back()
+            return await self._prepared_start()
         raise _MerelyHold(self.launch)
 
-    def _prepared_start(self) -> Start:
+    async def _prepared_start(self) -> Start:
+        if self.launch.choice.hand_off == GUARD and not self.launch.choice.is_final:
+            require_no_danger(self.launch)
+        if not self.family.is_shared:
+            gc.freeze()  # a collection would write to all that was made so far, in pages that our processes share
+        shim = self._make_shim(self.launch.plan)
+        if not self.lifetime.is_lazy:
+            shim.ask_to_prepare()  # first: while the shim and its child prepare, this process imports what else it needs
+        from portexec.lifetime import events, run  # noqa: F401
         from portexec.lifetime.start import Start
 
-        if self.launch.choice.hand_off == GUARD and not self.launch.choice.is_final:
-            _require_no_danger(self.launch)
-        first = Start(self._make_shim(self.launch.plan))
+        first = Start(shim)
         if not self.lifetime.is_lazy:
-            first.prepare()
+            first.has_begun()
+            if self.family.is_shared:
+                from portexec.parent.loop import readable
+
+                await readable(shim.link)  # other servers go on meanwhile
+            try:
+                shim.wait_until_prepared()
+            except (RefusedError, OSError):
+                await self.family.gone(shim)
+                raise
         if why := first.shim.why_gated:
             self.launch = self.launch.chosen(self.launch.choice.noting(f"gated: {why}"))
         return first
@@ -191,11 +268,14 @@ class _Parent:
     def _make_shim(self, plan: Plan) -> Shim:
         from portexec.parent.shim import Shim
 
-        return Shim(self._job_for(plan), self.inbox)
+        self.before_start()
+        shim = Shim(self._job_for(plan), self.family.inbox)
+        self.shims = [*(each for each in self.shims if not each.has_gone.is_set()), shim]
+        return shim
 
     def _job_for(self, plan: Plan) -> Job:
-        """The server's, or that of the tests, which have our standard input."""
-        from portexec.parent.supervisor import Job
+        """The job for a start of the server, or for the tests."""
+        from portexec.parent.protocol import Job
 
         is_server = plan.argv is self.launch.plan.argv
         lifetime = self.lifetime
@@ -206,11 +286,32 @@ class _Parent:
             guards=self.launch.bound.guards if is_server and self.launch.choice.hand_off == GUARD else {},
             remap=self.launch.remap,
             leaves_daemons=not lifetime.is_asked_for_with(self.launch.choice.hand_off),
-            has_stdin=not (is_server and lifetime.then),
-            kept=set() if lifetime.control_fd is None else {lifetime.control_fd},
-            quiet=self.launch.request.chosen.quiet,
+            kept=self._kept(),
+            names_port=self.launch.request.names_port(),
+            advised=self.advised,
+            quiet=self.launch.request.chosen.quiet or not is_server,
             verbose=self.launch.request.chosen.verbose,
+            is_apart=self.family.is_shared,
+            limits=self.limits,
+            tell_end=(lambda: None) if self.program is None else self.program.tell_end,
         )
+
+    def _kept(self) -> set[int]:
+        """The descriptors that stay open as long as anything of the run lives."""
+        kept = set() if self.program is None else self.program.kept
+        return kept if self.claim is None else {*kept, self.claim.lock}
+
+    def _register(self) -> None:
+        """Let others find the run by its name. A lazy run is ready at once."""
+        if self.claim is None:
+            return
+        from portexec.command import publish
+
+        listeners = publish.described(self.launch.bound.listeners, None)
+        if self.lifetime.is_lazy:
+            self.claim.tell_ready(0, listeners)
+        else:
+            self.claim.tell_starting(listeners)
 
     def _make_notify_socket(self) -> NotifySocket | None:
         from portexec.request import NOTIFY
@@ -224,16 +325,62 @@ class _Parent:
         self.launch = self.launch.chosen(self.launch.choice, self.launch.plan.with_variable(VARIABLE, notify.name))
         return notify
 
-    def _take_back(self) -> None:
-        """Make this process again what it was before it became a parent."""
-        from portexec import kernel
+    def _open_log(self) -> Log | None:
+        if self.lifetime.log is None:
+            return None
+        from portexec.lifetime.log import Log
 
-        self.inbox.restore()
-        self.inbox.close()
-        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 0)
+        log = Log(self.lifetime.log, self.launch.bound.undo)
+        self._give({STDOUT: log.fd, STDERR: log.fd})
+        return log
+
+    def _give(self, streams: Mapping[int, int]) -> None:
+        """Give the server these standard streams instead of ours."""
+        plan = self.launch.plan
+        self.launch = self.launch.chosen(self.launch.choice, plan.with_streams({**plan.streams, **streams}))
+
+    def close(self) -> None:
+        """Close what else only the end of the process would close."""
+        if self.notify is not None:
+            self.notify.socket.close()
+
+    def tell_outcome(self, outcome: Outcome) -> None:
+        """Tell the program, or people, what went wrong."""
+        if outcome.error is not None:
+            self._tell_error(outcome.error)
+        self._show_log(outcome)
+
+    def _tell_error(self, error: PortexecError) -> None:
+        """Tell the program that drives the run, or people on stderr where there is no such program any more."""
+        if self.program is None or not self.program.tell_error(error):
+            from portexec.say import say_error
+
+            say_error(error)
+
+    def _show_log(self, outcome: Outcome) -> None:
+        """Show the end of the log when the server has failed, below the error."""
+        is_said = outcome.error is not None or not self.launch.request.chosen.quiet
+        if self.log is not None and outcome.blames_server and is_said:
+            from portexec.say import say_output
+
+            if lines := self.log.last_lines():
+                say_output(f"the last lines of {self.log.path}:", lines)
 
 
-def _require_no_danger(launch: Launch) -> None:
+def _open_input() -> dict[int, int]:
+    """Standard input for a server that shares ours with the tests: a pipe that is silent and ends with us.
+
+    Some servers end when their standard input does: esbuild, and all that watch for their parent in that way.
+    """
+    ends = os.pipe()
+    read_end, _ = [execute.duplicate(end, STDERR + 1, inheritable=False) for end in ends]
+    for end in ends:
+        os.close(end)
+    return {STDIN: read_end}
+
+
+def require_no_danger(launch: Launch) -> None:
+    """Refuse hand-off guard where it would take rights from the command. Raises RefusedError."""
     from portexec.admission import privileges
 
     if danger := privileges.lost_by(launch.plan.file):
@@ -241,34 +388,61 @@ def _require_no_danger(launch: Launch) -> None:
 
 
 def _publish_files(launch: Launch) -> None:
-    """Write the files that are to tell others the number. Raises PortexecError."""
+    """Write the files that tell others the number. Raises PortexecError."""
     chosen = launch.request.chosen
     if chosen.port_file is not None or chosen.export is not None:
         from portexec.command.publish import publish_files
 
-        port = launch.bound.listeners[0].port
-        publish_files(chosen.port_file, chosen.export, port, launch.variables, launch.bound.undo)
+        listeners = launch.bound.listeners
+        publish_files(chosen.port_file, chosen.export, listeners[0].port, exported(listeners), launch.bound.undo)
 
 
-def _announce(launch: Launch) -> None:
-    """Tell people on stderr, or the program at the control descriptor."""
-    if launch.request.chosen.quiet and not launch.request.chosen.verbose and launch.request.lifetime.control_fd is None:
+def _announce(launch: Launch, program: Program | None) -> None:
+    """Tell people on stderr, or the program that drives the run."""
+    if launch.request.chosen.quiet and not launch.request.chosen.verbose and program is None:
         return
     from portexec.command import publish
     from portexec.say import say, say_json
 
     chosen, listeners = launch.request.chosen, launch.bound.listeners
+    if any(spec.stable for spec in launch.request.specs) and not chosen.quiet:
+        from portexec.binding import stable
+
+        ports = [listener.port for listener in listeners]
+        say(*(f"note: {line}" for line in stable.passed_over(launch.request.specs, ports)))
     if chosen.verbose:
         from portexec import explain
 
         say(*explain.verbose(launch))
-    fd = launch.request.lifetime.control_fd
-    if fd is not None:
-        from portexec import control
-
+    if program is not None:
         described = publish.described(listeners, launch.first_fd)
-        control.tell(fd, "bound", hand_off=launch.choice.hand_off, listeners=described)
+        program.tell("bound", hand_off=launch.choice.hand_off, listeners=described)
     elif chosen.json and not chosen.quiet:
         say_json(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
     elif not chosen.quiet:
         say(*publish.announcement(listeners, named=len(listeners) > 1))
+        _announce_for_browsers(launch)
+    if not chosen.quiet and program is None and (text := _advice(launch)):
+        say(f"note: {text}")
+
+
+def _announce_for_browsers(launch: Launch) -> None:
+    """Tell a person at a terminal the addresses that have the name of the run."""
+    if launch.request.name and os.isatty(STDERR):
+        from portexec.command.publish import described
+        from portexec.names.naming import for_browsers
+        from portexec.say import say
+
+        say(*for_browsers(launch.request.name, described(launch.bound.listeners, None)))
+
+
+def _advice(launch: Launch) -> str:
+    """Advice for a person before the command starts; empty for most commands."""
+    words = launch.plan.argv
+    if text := launch.hidden_number() or misplaced(words):
+        return text
+    if launch.choice.hand_off == GUARD:
+        from portexec.admission import privileges
+
+        return privileges.advice(words)
+    return advice(launch.choice.hand_off, words)
