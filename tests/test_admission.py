@@ -65,6 +65,13 @@ def test_a_gate_is_closed_when_the_call_is_over(refusal: str) -> None:
         wait_for(lambda: is_closed(port))
 
 
+@pytest.mark.parametrize("case", ["again", "together"])
+def test_a_gate_opens_for_each_of_many_sockets_of_the_number(case: str) -> None:
+    with gate_user(DOCKER) as (started, port):
+        assert do(started, case) == "done"
+        wait_for(lambda: is_closed(port))
+
+
 @pytest.mark.parametrize("case", ["serve", "thread", "own_table"])
 def test_threads_before_linux_6_9(case: str) -> None:
     """A pidfd is a process' there, and that may have other descriptors than the thread, or none any more."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import signal
 import socket
 import subprocess
 import sys
@@ -13,13 +15,17 @@ from pathlib import Path
 import pytest
 
 import portexec
+from portexec.binding import tables
+from portexec.binding.refusals import cannot_resolve
+from portexec.binding.spec import parse_listen
 from tests import support
 
 Result = subprocess.CompletedProcess[str]
 
-USAGE_HINT = "it comes last: portexec [OPTION]... [--] COMMAND [ARG]..."
+USAGE_HINT = "it comes last: portexec [OPTION]... [--] COMMAND [ARG]...; see portexec --help"
 FORMS_HINT = "a spec is ADDRESS, ADDRESS:PORTS, PORTS, unix:PATH or udp:[ADDRESS:]PORTS; see portexec --help"
-PORTS_HINT = "ports are numbers, ranges and lists: 8000 or 8000-8099 or 3000,0"
+PORTS_HINT = "ports are numbers, ranges and lists: 8000 or 8000-8099 or 3000,0; or stable"
+NAME_HINT = "a name has no spaces, and its first character is no digit"
 ENV_HINT = "write --env NAME=VALUE, where VALUE may have templates: {port}"
 
 
@@ -53,6 +59,7 @@ REFUSED = [
     (["--quiet=yes"], "option --quiet takes no value", "write --quiet alone"),
     (["-l", ""], "malformed listen spec ''", FORMS_HINT),
     (["-l", "::1"], "malformed listen spec '::1'", "an IPv6 address goes in brackets: [::1]"),
+    (["-l", "-1"], "malformed listen spec '-1'", FORMS_HINT),
     (["-l", "localhost:http"], "malformed port 'http' in listen spec 'localhost:http'", PORTS_HINT),
     (["-l", "8000,"], "malformed port '' in listen spec '8000,'", PORTS_HINT),
     (["-l", "99999"], "port 99999 in '99999' is too high", "the highest is 65535"),
@@ -68,6 +75,8 @@ REFUSED = [
     ),
     (["-e", "FOO"], "--env 'FOO' sets nothing", ENV_HINT),
     (["-e", "=x"], "--env '=x' sets nothing", ENV_HINT),
+    (["-e", "1A=x"], "--env '1A' is no name of a variable", NAME_HINT),
+    (["-e", "A =x"], "--env 'A ' is no name of a variable", NAME_HINT),
     (["-e", "A={web.port}"], "{web.port} names no listener of this run", "the listeners are: listener1"),
     (
         ["-l", "api=0", "-l", "0", "-e", "A={web.port}"],
@@ -174,8 +183,11 @@ def test_braces_that_mean_nothing_to_us(words: list[str]) -> None:
     assert (result.returncode, result.stdout.splitlines()) == (0, words)
 
 
+LONG = "x" * 64
+
+
 # Looked up without a question to a name server: a label has 63 characters at the most.
-@pytest.mark.parametrize("name", ["x" * 64, "ü" * 64, "a..b"])
+@pytest.mark.parametrize("name", ["ü" * 64, "a..b"])
 def test_host_name_that_is_unknown(name: str, tmp_path: Path) -> None:
     result = support.run("-l", f"{name}:0", "--", "touch", str(tmp_path / "started"))
     assert result.returncode == 125
@@ -183,6 +195,29 @@ def test_host_name_that_is_unknown(name: str, tmp_path: Path) -> None:
     assert first.startswith(f"portexec: error: cannot resolve {name!r}: ")
     assert second == "portexec: hint: give an address of this machine, such as 127.0.0.1, [::1] or *"
     assert_nothing_happened(result, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("stabel", "did you mean stable?"),
+        ("stable1", "did you mean stable?"),
+        (f"{LONG}:0", f"a name is written {LONG}=0; an address is such as 127.0.0.1, [::1] or *"),
+        (f"{LONG}:3000,0", f"a name is written {LONG}=3000,0; an address is such as 127.0.0.1, [::1] or *"),
+        (f"udp:{LONG}:0", f"a name is written {LONG}=udp:0; an address is such as 127.0.0.1, [::1] or *"),
+        (f"{LONG}", f"a name is written {LONG}=0; an address is such as 127.0.0.1, [::1] or *"),
+    ],
+    ids=["slip", "one more", "name", "name and numbers", "udp", "word"],
+)
+def test_a_word_that_is_no_address_may_be_something_else(spec: str, hint: str) -> None:
+    (parsed,) = parse_listen([spec])
+    assert cannot_resolve(parsed, "Name or service not known").hint == hint
+
+
+def test_a_name_before_a_colon_is_told_so() -> None:
+    result = support.run("-l", f"{LONG}:0", "--", "true")
+    assert result.returncode == 125
+    assert f"hint: a name is written {LONG}=0; " in result.stderr
 
 
 # Numbers that cannot be had
@@ -236,8 +271,58 @@ def test_port_in_use_names_who_has_it(address: str, hand_off: str, tmp_path: Pat
 def test_port_in_use_by_somebody_whom_proc_does_not_show() -> None:
     with a_server() as (port, _, _):
         result = run_without_rights("-l", str(port), "--", "true")
-    message = f"cannot listen on 127.0.0.1:{port}: Address already in use (a process that /proc does not show to you)"
+    owner = "a process that /proc does not show to you"
+    message = f"cannot listen on 127.0.0.1:{port}: Address already in use ({owner})"
     assert result.stderr.splitlines()[0] == f"portexec: error: {message}"
+
+
+@contextmanager
+def a_guarded_number(hand_off: str) -> Iterator[tuple[int, str]]:
+    """A number on which nobody listens, and the words of a message for who keeps it."""
+    words = ["-H", hand_off, "--", "sh", "-c", "sleep 1000; :", "a long word " * 9]
+    with support.running(*words) as running:
+        port = int(running.url().rpartition(":")[2])
+        name = f"portexec {' '.join(words)}"[:60] + "..." if hand_off == "guard" else "sh"
+        yield port, f"pid {running.process.pid}, {name}"
+
+
+@pytest.mark.parametrize("hand_off", ["guard", "hold"])
+def test_a_guarded_number_in_use_names_who_keeps_it(hand_off: str) -> None:
+    need_bound_sockets()
+    with a_guarded_number(hand_off) as (port, owner):
+        result = support.run("-l", str(port), "--", "true")
+    message = f"cannot listen on 127.0.0.1:{port}: Address already in use ({owner})"
+    assert result.stderr.splitlines()[0] == f"portexec: error: {message}"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("hand_off", ["guard", "hold"])
+def test_a_guarded_number_of_another_user(hand_off: str) -> None:
+    need_bound_sockets()
+    code = "import os, pwd, sys; from portexec.binding import tables; os.setgid({0}); os.setuid({0}); "
+    code = code.format(support.STRANGER) + "print(tables.who_has(int(sys.argv[1])))"
+    with a_guarded_number(hand_off) as (port, _):
+        words = [sys.executable, "-c", code, str(port)]
+        told = subprocess.run(words, cwd=support.ROOT, stdout=subprocess.PIPE, text=True, timeout=support.DEADLINE)
+    assert told.stdout == f"a process of user {pwd.getpwuid(os.geteuid()).pw_name} that /proc does not show to you\n"
+
+
+@pytest.mark.root  # has a process that portexec may not look at
+def test_a_guarded_number_of_whom_proc_does_not_show() -> None:
+    need_bound_sockets()
+    with a_guarded_number("hold") as (port, _):
+        result = run_without_rights("-l", str(port), "--", "true")
+    owner = "a process that /proc does not show to you"
+    message = f"cannot listen on 127.0.0.1:{port}: Address already in use ({owner})"
+    assert result.stderr.splitlines()[0] == f"portexec: error: {message}"
+
+
+def need_bound_sockets() -> None:
+    """The kernel tells of sockets that are merely bound since Linux 6.8."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.2", 0))
+        if not tables.who_has(bound.getsockname()[1]):
+            pytest.skip("this kernel does not tell of sockets that are merely bound")
 
 
 def test_udp_port_in_use(tmp_path: Path) -> None:
@@ -378,8 +463,12 @@ def env_status(*words: str) -> int:
         ("a-command-that-is-missing", "command not found: a-command-that-is-missing", "is it installed, and on the PATH?"),
         ("-", "command not found: -", "is it installed, and on the PATH?"),
         ("echo hello", "command not found: echo hello", "write it as separate words: portexec -- echo hello"),
-        ("./a-file-that-is-missing", "cannot run ./a-file-that-is-missing: No such file or directory", ""),
-        ("/dev/null/x", "cannot run /dev/null/x: Not a directory", ""),
+        ("cd", "command not found: cd", "cd is a word of the shell: portexec -- sh -c 'cd ...'"),
+        ("source", "command not found: source", "source is a word of the shell: portexec -- sh -c 'source ...'"),
+        ("PORT=3000", "command not found: PORT=3000", "a number is asked for with -l: portexec -l 3000 -- ..."),
+        ("A=1", "command not found: A=1", "a variable is set with -e: portexec -e A=1 -- ..."),
+        ("./a-file-that-is-missing", "cannot run ./a-file-that-is-missing: No such file or directory", "is the path right?"),
+        ("/dev/null/x", "cannot run /dev/null/x: Not a directory", "is the path right?"),
     ],
 )
 def test_command_not_found(name: str, message: str, hint: str, tmp_path: Path) -> None:
@@ -403,7 +492,7 @@ def test_command_that_cannot_be_executed(name: str, tmp_path: Path) -> None:
     path = str(tmp_path / name)
     why, hint = {
         "not executable": ("Permission denied", f"make it executable: chmod +x {path}"),
-        "directory": ("Is a directory", ""),
+        "directory": ("Is a directory", f"name a program in it: {path}/NAME"),
         "loop": ("Too many levels of symbolic links", ""),
     }.get(name, ("File name too long", ""))
     result = support.run("--port-file", str(tmp_path / "p"), "--", path)
@@ -424,11 +513,19 @@ UNRUNNABLE: list[tuple[str | bytes, str, str]] = [
     (
         "#!/nonexistent/python3 -u\n",
         "its interpreter /nonexistent/python3 does not exist",
-        "correct its first line, or install that",
+        "correct its first line, or install the interpreter",
     ),
-    ("#! /nonexistent/x\n", "its interpreter /nonexistent/x does not exist", "correct its first line, or install that"),
-    ("#!/nonexistent/x", "its interpreter /nonexistent/x does not exist", "correct its first line, or install that"),
-    ("#!\t/nonexistent/x\t-u\n", "its interpreter /nonexistent/x does not exist", "correct its first line, or install that"),
+    (
+        "#! /nonexistent/x\n",
+        "its interpreter /nonexistent/x does not exist",
+        "correct its first line, or install the interpreter",
+    ),
+    ("#!/nonexistent/x", "its interpreter /nonexistent/x does not exist", "correct its first line, or install the interpreter"),
+    (
+        "#!\t/nonexistent/x\t-u\n",
+        "its interpreter /nonexistent/x does not exist",
+        "correct its first line, or install the interpreter",
+    ),
     ("#!/bin/sh\r\ntrue\r\n", "its first line has a Windows line end", "convert it: sed -i 's/\\r$//' {}"),
     ("#!/\n", "Permission denied", ""),
 ]
@@ -527,7 +624,7 @@ def test_command_keeps_the_name_it_was_called_by() -> None:
 # Where the messages go
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["-n", "--", "true"], ["-n", "--json", "--", "true"]])
+@pytest.mark.parametrize("words", [["-h"], ["--help"], ["--version"], ["-n", "--", "true"], ["-n", "--json", "--", "true"]])
 def test_stdout_that_is_full(words: list[str]) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -545,6 +642,24 @@ def test_stdout_that_is_closed(words: list[str]) -> None:
 def test_stderr_that_is_closed() -> None:
     result = support.run("-l", "x:y", "--", "true", prefix=["/bin/sh", "-c", 'exec "$@" 2>&-', "sh"])
     assert (result.returncode, result.stdout) == (125, "")
+
+
+WHILE_LOADING = """
+import builtins, os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where our caller has it ignored
+load = builtins.__import__
+def hooked(name, *rest):
+    if name == "portexec.launch":
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(name, *rest)
+builtins.__import__ = hooked
+import portexec.cli
+"""
+
+
+def test_ctrl_c_while_portexec_is_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", WHILE_LOADING], capture_output=True, text=True, timeout=support.DEADLINE)
+    assert (done.stderr, done.returncode) == ("", -signal.SIGINT)
 
 
 def test_message_is_one_line_whatever_the_words() -> None:
@@ -625,3 +740,34 @@ def test_no_message_of_the_python_api_plays_tricks(given: dict[str, str]) -> Non
         pass
     assert "\x1b" not in str(raised.value)
     assert "\nportexec: error: x" not in str(raised.value)
+
+
+# Advice before the command starts.
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "is_said"),
+    [
+        ("npx", ["-H", "fd"], True),
+        ("yarn", ["-l", "unix:@portexec-test-advice"], True),
+        ("npx", ["-H", "guard"], False),
+        ("npx", ["-q", "-H", "fd"], False),
+        ("npx", ["--json", "-H", "fd"], True),
+        ("other", ["-H", "fd"], False),
+    ],
+)
+def test_a_descriptor_behind_what_closes_it(name: str, words: list[str], is_said: bool, tmp_path: Path) -> None:
+    path = script(tmp_path, "#!/bin/sh\n", 0o755)
+    tool = Path(path).rename(tmp_path / name)
+    result = support.run(*words, "--", str(tool))
+    note = (
+        f"portexec: note: {name} does not pass descriptors on to what it starts; give the server its number: {{port}}, or $PORT"
+    )
+    assert (result.returncode, note in result.stderr.splitlines()) == (0, is_said)
+
+
+@pytest.mark.parametrize("command", [["sh", "-c", ": sudo x"], ["env", "X=1", "/usr/bin/sudo", "--version"]])
+def test_sudo_below_guard(command: list[str]) -> None:
+    note = "portexec: note: sudo has no effect below hand-off guard (no-new-privileges): use -H hold, or portexec below sudo"
+    for words, is_said in ((["-H", "guard"], os.geteuid() != 0), (["-q", "-H", "guard"], False), (["-H", "hold"], False)):
+        assert (note in support.run(*words, "--", *command).stderr.splitlines()) == is_said

@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,8 @@ def test_a_restart_at_the_moment_of_the_end(moment: int) -> None:
             client.sendall(b"exit 3\n")
             if moment % 2:
                 client.recv(100)  # it has ended
-            run.ours.sendall(RESTART)
+            with suppress(BrokenPipeError):  # and so may portexec have
+                run.ours.sendall(RESTART)
         run.ours.shutdown(socket.SHUT_WR)
         assert run.ended() in ((3, ""), (0, ""))
 
@@ -258,17 +258,3 @@ def test_a_descriptor_that_cannot_be_used(kind: str) -> None:
     assert (result.returncode, result.stdout) == (125, "")
     assert result.stderr.splitlines()[0] == f"portexec: error: --control-fd {message}"
     assert len(result.stderr.splitlines()) == 2
-
-
-WORDS = [b"[" * 100_000 + b"\n", b"\xff\n", b"{}\n", b"[1]\n", b"[]\n", b"x" * ((1 << 25) + 1)]
-
-
-@pytest.mark.parametrize("line", WORDS, ids=range(len(WORDS)))
-def test_words_that_are_none(line: bytes) -> None:
-    """The first line of a program that sends its words is read before anything else, and ends as if there were none."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs, ThreadPoolExecutor(1) as pool:
-        told = pool.submit(control.words, theirs.fileno())
-        ours.sendall(line)
-        ours.shutdown(socket.SHUT_WR)
-        assert told.result(DEADLINE) == []

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from portexec.command import fifo as reading
+from portexec.command.environment import read_env_files
+from portexec.errors import PortexecError
 from tests import support
 
 
@@ -60,6 +65,18 @@ SYNTAX = [
     ("B=1\nA=${B}${B:-2}3\n", b"113"),
     ("B=\nA=<${B:-x}>\n", b"<>"),
     ("A=$B\n", b"$B"),
+    ("A='${PORT}'\n", b"${PORT}"),
+    ("A= '${PORT}' # said\n", b"${PORT}"),
+    ("export A='x${B:-y}'\n", b"x${B:-y}"),
+    ("A='\\${PORT}'\n", b"\\${PORT}"),
+    ("A='it\\'s \\$5'\n", b"it's \\$5"),
+    ("A=\\${PORT}\n", b"${PORT}"),
+    ('A="\\${PORT} \\$5"\n', b"${PORT} $5"),
+    ('B=1\nA="\\\\${B}"\n', b"\\1"),
+    ('B=1\nA="\\\\\\${B}"\n', b"\\${B}"),
+    ("A=${B:-\\$5}\n", b"$5"),
+    ("B='${C}'\nC=1\nA=${B}\n", b"${C}"),
+    ("A=pa\\$\\$word\n", b"pa$$word"),
     ("A=ü\n", "ü".encode()),
     (b"A=\xff\xfe\n", b"\xff\xfe"),
     (b"\xef\xbb\xbfA=1\n", b"1"),
@@ -80,7 +97,7 @@ def test_files_that_set_nothing(text: str, tmp_path: Path) -> None:
 
 
 def test_numbers_are_known_in_files(tmp_path: Path) -> None:
-    path = env_file(tmp_path, "A=http://127.0.0.1:${PORT}/\nB=${API_PORT}\nC='${WEB_PORT:-none}'\nD=${DB_PORT:-5432}\n")
+    path = env_file(tmp_path, 'A=http://127.0.0.1:${PORT}/\nB=${API_PORT}\nC="${WEB_PORT:-none}"\nD=${DB_PORT:-5432}\n')
     found = environment_of("-l", "api=0", "-l", "web=0", "--env-file", path, env={"PORT": "99"})
     port, web = found[b"PORT"], found[b"WEB_PORT"]
     assert port.isdigit()
@@ -161,44 +178,72 @@ def test_nothing_is_added_but_the_number() -> None:
     assert found == {os.fsencode(name): os.fsencode(value) for name, value in bare.items()}
 
 
-LINE_HINT = "write NAME=VALUE, with quotes around a value that has spaces"
+NO_EQUALS = ("it has no =", "write NAME=VALUE; a comment begins with #")
+NO_NAME = ("there is no name before the =", "write NAME=VALUE; a comment begins with #")
+NO_EXPORT = ("export has no name", "write export NAME=VALUE")
+A_SPACE = ("there is a space in the name", "write NAME=VALUE; only export may stand before it")
+OPEN = ('the quote " is not closed', 'write NAME="VALUE", with \\" for a quote within')
+OPEN_SINGLE = ("the quote ' is not closed", "write NAME='VALUE', with \\' for a quote within")
+MORE = ("there is text after the closing quote", 'put all of the value between the quotes, with \\" for a quote within')
+MORE_LATER = (
+    'the quote " is closed in a later line, with text after it',
+    'close it where the value ends, with \\" for a quote within',
+)
+A_NUL = ("it has a NUL byte", "is it UTF-16? save the file as UTF-8 text")
+ODD = ("it is no NAME=VALUE", "write NAME=VALUE, with quotes around a value that has spaces")
 
-MALFORMED: list[tuple[str | bytes, int]] = [
-    ('A="open\n', 1),
-    ("A='open\n", 1),
-    ('A="a" b\n', 1),
-    ("A=1\n=2\n", 2),
-    ("A=1\n\n# said\nB C=2\n", 4),
-    ("A=1\nsome words\n", 2),
-    ("A=1\r\nsome words\r\n", 2),
-    ('A="one\ntwo"\nB="\n', 3),
-    (b"A=1\nB=x\0y\n", 2),
-    (b"A\0=1\n", 1),
-    ("A=1\nB: 2\n", 2),
-    ('{"A": 1}\n', 1),
+# the file, the line, what is said
+MALFORMED: list[tuple[str | bytes, int, tuple[str, str]]] = [
+    ('A="open\n', 1, OPEN),
+    ("A='open\n", 1, OPEN_SINGLE),
+    ('A="open\\"\n', 1, OPEN),
+    ('A="one\ntwo"\nB="\n', 3, OPEN),
+    ('A="one\nB="two"\n', 1, MORE_LATER),
+    ('A="a" b\n', 1, MORE),
+    ('\nexport A="a"b\n', 2, MORE),
+    ("A=1\n=2\n", 2, NO_NAME),
+    ("export =2\n", 1, NO_NAME),
+    ("A=1\n\n# said\nB C=2\n", 4, A_SPACE),
+    ("A=1\nsome words\n", 2, NO_EQUALS),
+    ("A=1\r\nsome words\r\n", 2, NO_EQUALS),
+    ("A=1\nB: 2\n", 2, NO_EQUALS),
+    ('{"A": 1}\n', 1, NO_EQUALS),
+    ("A=1\nexport\n", 2, NO_EXPORT),
+    ("export \nA=1\n", 1, NO_EXPORT),
+    (b"A=1\nB=x\0y\n", 2, A_NUL),
+    (b'A=1\nB="x\n\0y"\n', 3, A_NUL),
+    (b"\xff\xfeA\0=\0001\0\n\0", 1, A_NUL),
+    ("'A=B'=1\n", 1, ODD),
 ]
 
 
-@pytest.mark.parametrize(("text", "line"), MALFORMED)
-def test_malformed_line(text: str | bytes, line: int, tmp_path: Path) -> None:
-    path = env_file(tmp_path, text)
-    result = support.run("--env-file", path, "--", "touch", str(tmp_path / "started"))
-    expected = f"portexec: error: malformed line in env file {path}:{line}\nportexec: hint: {LINE_HINT}\n"
+def test_malformed_line(tmp_path: Path) -> None:
+    result = support.run("--env-file", env_file(tmp_path, "A=1\n=2\n"), "--", "touch", str(tmp_path / "started"))
+    expected = f"portexec: error: malformed line in env file {tmp_path}/the.env:2: {NO_NAME[0]}\nportexec: hint: {NO_NAME[1]}\n"
     assert (result.returncode, result.stdout, result.stderr) == (125, "", expected)
     assert not (tmp_path / "started").exists()
 
 
+@pytest.mark.parametrize(("text", "line", "said"), MALFORMED)
+def test_what_is_said_of_a_malformed_line(text: str | bytes, line: int, said: tuple[str, str], tmp_path: Path) -> None:
+    path = env_file(tmp_path, text)
+    with pytest.raises(PortexecError) as caught:
+        read_env_files([path], {})
+    what, hint = said
+    assert (caught.value.message, caught.value.hint) == (f"malformed line in env file {path}:{line}: {what}", hint)
+
+
 @pytest.mark.parametrize(
-    ("kind", "why"),
+    ("kind", "why", "hint"),
     [
-        ("missing", "No such file or directory"),
-        ("directory", "Is a directory"),
-        ("below a file", "Not a directory"),
-        ("loop", "Too many levels of symbolic links"),
-        ("long name", "File name too long"),
+        ("missing", "No such file or directory", "the file has to exist; leave --env-file out where there is none"),
+        ("directory", "Is a directory", "name a file in it: {}/.env"),
+        ("below a file", "Not a directory", ""),
+        ("loop", "Too many levels of symbolic links", ""),
+        ("long name", "File name too long", ""),
     ],
 )
-def test_file_that_cannot_be_read(kind: str, why: str, tmp_path: Path) -> None:
+def test_file_that_cannot_be_read(kind: str, why: str, hint: str, tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
@@ -206,7 +251,8 @@ def test_file_that_cannot_be_read(kind: str, why: str, tmp_path: Path) -> None:
     path = str(tmp_path / name)
     result = support.run("--env-file", path, "--", "touch", str(tmp_path / "started"))
     assert (result.returncode, result.stdout) == (125, "")
-    assert result.stderr == f"portexec: error: cannot read env file {path}: {why}\n"
+    advice = f"portexec: hint: {hint.format(path)}\n" if hint else ""
+    assert result.stderr == f"portexec: error: cannot read env file {path}: {why}\n{advice}"
     assert not (tmp_path / "started").exists()
 
 
@@ -232,6 +278,52 @@ def test_file_may_be_a_pipe(tmp_path: Path) -> None:
     finally:
         os.close(reading)
     assert result.stdout == b"piped\n"
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    return path
+
+
+def test_file_may_be_a_fifo(fifo: Path) -> None:
+    """To open it is to wait for portexec; what is written comes in two pieces."""
+    with support.running("-q", "--env-file", str(fifo), "--", "sh", "-c", "echo $A") as portexec:
+        with fifo.open("wb", buffering=0) as writer:
+            writer.write(b"A=to")
+            writer.write(b"gether\n")
+        assert portexec.process.communicate(timeout=support.DEADLINE) == ("together\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_wait_for_what_is_written_is_ended_by_a_signal(number: int, fifo: Path) -> None:
+    with support.running("-l", f"unix:{fifo}.sock", "--env-file", str(fifo), "--", "true") as portexec, fifo.open("wb"):
+        portexec.process.send_signal(number)
+        assert portexec.process.wait(support.DEADLINE) == -number
+    assert os.listdir(fifo.parent) == [fifo.name]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_only_of_a_writer_that_is_yet_to_come_something_is_said(
+    is_there: bool, fifo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    writers = [fifo.open("wb")] if is_there else []
+
+    def moments() -> Iterator[int]:
+        """The first is now. In place of the next one the file is written."""
+        yield 0
+        with writers.pop() if is_there else fifo.open("wb") as writer:
+            writer.write(b"A=1\n")
+        yield 60
+
+    monkeypatch.setattr(reading, "say", said.append)
+    monkeypatch.setattr(reading, "moments", moments)
+    assert reading.content(reader, "the file", 1000, is_quiet=False, driver=None) == b"A=1\n"
+    os.close(reader)
+    assert said == ([] if is_there else ["note: 0 s: waiting for a writer of the file"])
 
 
 def test_path_of_a_file_finds_the_command(tmp_path: Path) -> None:

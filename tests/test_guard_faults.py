@@ -1,7 +1,7 @@
 """The hand-off `guard` where it is refused, where only its gated form is left, and where things go wrong under way.
 
-What other kernels and containers refuse, a real seccomp filter refuses here (children/refuse.py). Not cases here, since they
-cannot be made without another kernel: Yama 2 and 3, and a kernel before 6.9 that has no pidfds of threads.
+What other kernels and containers refuse, a real seccomp filter refuses here (children/refuse.py). Yama 2 and 3 need another
+kernel: scripts/try_kernels.sh. Threads before Linux 6.9 are in test_admission.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from pathlib import Path
 
 import pytest
 
+from portexec.admission.diagnosis import Diagnosis
+from portexec.admission.elsewhere import inspected
+from portexec.kernel import STDERR
 from tests.support import (
     CHILDREN,
     DEADLINE,
@@ -40,12 +43,15 @@ from tests.support import (
     run,
     running,
     status_of,
+    tell,
     wait_for,
 )
-from tests.support.installed import program
+from tests.support.installed import has_ipv6, program
 from tests.support.network import THEFTS, steal
 from tests.support.proc import children_of
 from tests.support.processes import NO_SOCK_DIAG, refusing
+
+pytestmark = pytest.mark.once
 
 GUARD = ("-q", "-H", "guard", "--")
 FAULTS = child("faults")
@@ -53,8 +59,11 @@ PLAIN = [*child("binder"), "plain"]
 PLAIN_IS_WELL = ["ok", "ok", True, "ok"]
 
 FLAG_WAIT_KILLABLE_RECV = 1 << 5
+NO_IO_URING = 77  # the status of children/uring.py
 NO_SECCOMP = {name: [["seccomp", getattr(errno, name)]] for name in ("EINVAL", "EPERM", "ENOSYS")}
 DOCKER = [["pidfd_getfd", errno.EPERM]]  # Docker's default profile, as far as it concerns us
+UNKNOWN = [["pidfd_getfd", errno.ENOSYS]]  # what other profiles answer to calls that they do not know
+NARROW = "pidfd_getfd(2): Operation not permitted; the guard gives way to SO_REUSEADDR while the command binds this number"
 BEFORE_5_19 = [["seccomp", errno.EINVAL, 1, FLAG_WAIT_KILLABLE_RECV]]
 
 # How the text for each refusal begins.
@@ -121,7 +130,7 @@ def test_a_gate_without_a_listener_closes_by_itself() -> None:
 def test_gated_says_so() -> None:
     done = run("-v", "-H", "guard", "--", "true", prefix=refusing(*DOCKER))
     assert done.returncode == 0
-    assert "gated" in done.stderr
+    assert f"gated: {NARROW}" in done.stderr
 
 
 @pytest.mark.parametrize("hand_off", ["auto", "guard"])
@@ -165,7 +174,13 @@ def test_a_refused_attempt_leaves_nothing(name: str) -> None:
 
 CHECKS = {
     "plain": ([], "user notification", "available: ", "guard"),
-    "docker": (refusing(*DOCKER), "user notification", "available, gated: pidfd_getfd(2): Operation not permitted", "guard"),
+    "docker": (refusing(*DOCKER), "user notification", f"available, gated: {NARROW}; no --remap", "guard"),
+    "unknown": (
+        refusing(*UNKNOWN),
+        "user notification",
+        "available, gated: pidfd_getfd(2): Function not implemented;",
+        "guard",
+    ),
     "old": (refusing(*BEFORE_5_19), "user notification; not wait-killable", "available: ", "guard"),
     "EBUSY": (around("EBUSY"), "user notification", f"not available: {WORDS['EBUSY']}", "hold"),
     "EINVAL": (around("EINVAL"), "no user notification", f"not available: {WORDS['EINVAL']}", "hold"),
@@ -183,11 +198,27 @@ def test_check_tells_what_can_be_had(where: str) -> None:
     assert found["seccomp"].startswith(seccomp)
     assert found["hand_off_guard"].startswith(guard)
     assert found["auto"].endswith(f"else {chosen}")
+    assert {"same_user", "closefrom", "io_uring"} < found.keys()
     for name, value in found.items():
         assert re.search(rf"^{name.replace('_', '.')} +{re.escape(value)}$", text.stdout, re.MULTILINE)
 
 
+@pytest.mark.root
+def test_check_tells_what_the_same_user_can_do_below_a_root_that_may_not_give_sockets_away() -> None:
+    """With CAP_CHOWN root's sockets are nobody's while they go past the guard; without it they are as open as anybody's."""
+    for prefix, whose in (([], "the command has dropped its user"), (child("without_rights"), "listen of the command")):
+        assert json.loads(run("--check", "--json", prefix=prefix).stdout)["same_user"].endswith(whose)
+
+
 # Deaths
+
+
+@pytest.mark.parametrize("lifetime", [(), ("--restart", "always")], ids=["plain", "under a lifetime"])
+def test_a_command_that_binds_without_a_pause_is_stopped_all_the_same(lifetime: tuple[str, ...]) -> None:
+    with running("-q", "-H", "guard", *lifetime, "--", *child("spin")) as started:
+        assert read_line(started.process) == "spins"
+        started.process.terminate()
+        assert started.process.wait(DEADLINE) == -signal.SIGTERM
 
 
 def test_killed_after_the_bind_it_takes_the_command_along() -> None:
@@ -604,7 +635,7 @@ def test_it_is_said_once_when_the_command_listens_elsewhere(quiet: bool) -> None
     """Of two wrong numbers the first is named, and the failure at the end is no further news."""
     script = (
         "import socket, sys\n"
-        "kept = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]\n"
+        "kept = [socket.create_server(('', 0)) for _ in range(2)]\n"
         "for s in kept: print(s.getsockname()[1], flush=True)\n"
         "sys.stdin.read(); sys.exit(3)"
     )
@@ -627,17 +658,172 @@ def test_it_is_said_once_when_the_command_listens_elsewhere(quiet: bool) -> None
 
 
 def test_it_is_said_when_the_command_failed_right_after_it_listened_elsewhere() -> None:
-    script = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1]); raise SystemExit(3)"
+    script = "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1]); raise SystemExit(3)"
     done = run("-H", "guard", "--", sys.executable, "-c", script)
     assert len(notes(done.stderr)) == 1
     assert done.stdout.strip() in done.stderr
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
+def test_a_listener_for_a_program_of_its_own_is_no_server_elsewhere(host: str) -> None:
+    """varnishd has one for its child, and a test for its browser: on the loopback interface, on a number that nobody chose."""
+    if ":" in host and not has_ipv6():
+        pytest.skip("the loopback interface has no IPv6 address")
+    family = "AF_INET6" if ":" in host else "AF_INET"
+    script = f"import socket; s = socket.create_server(({host!r}, 0), family=socket.{family}); raise SystemExit(3)"
+    done = run("-H", "guard", "--", sys.executable, "-c", script)
+    assert "listens on port" not in done.stderr
+    assert "never listened on port" in done.stderr
+
+
+def test_an_inspector_is_no_server_elsewhere() -> None:
+    """`node --inspect` listens on 9229, or the numbers after that, before the program is read."""
+    done = run("-H", "guard", "--", program("node"), "--inspect=127.0.0.1:0", "-e", "setTimeout(() => process.exit(3), 500)")
+    assert "Debugger listening" in done.stderr
+    assert "listens on port" not in done.stderr
+
+
+def test_a_server_that_goes_to_the_background_under_a_lifetime_gets_a_hint() -> None:
+    daemon = "sleep 1000 & exit 0"
+    done = run("--ready", "none", "-H", "guard", "--", "sh", "-c", daemon)
+    lines = done.stderr.splitlines()[1:]
+    assert lines == [
+        "portexec: note: the command ended, so what it left running is stopped",
+        "portexec: hint: a server that goes to the background has to stay in front: use its foreground mode",
+    ]
+    assert run("-q", "--ready", "none", "-H", "guard", "--", "sh", "-c", daemon).stderr == ""
+    script = "trap 'exit 0' TERM; sleep 1000 & echo up; wait"
+    with running("--ready", "none", "--", "sh", "-c", script, stderr=subprocess.PIPE) as started:
+        assert read_line(started.process) == "up"
+        os.killpg(started.process.pid, signal.SIGTERM)  # as timeout(1) does: the command has it before portexec can say so
+        assert "foreground mode" not in started.process.communicate(timeout=DEADLINE)[1]
+    for ended in ("true", "sleep 1000 & exit 3"):
+        assert "foreground mode" not in run("--ready", "none", "-H", "guard", "--", "sh", "-c", ended).stderr
+    tests = run("--then", daemon, "-H", "fd", "--", *child("obeying"))
+    assert (tests.returncode, "foreground mode" in tests.stderr) == (0, False)
+
+
 def test_it_is_said_once_when_the_command_failed_without_a_bind() -> None:
-    done = run("-H", "guard", "--", "sh", "-c", "exit 3")
+    done = run("-H", "guard", "--", "sh", "-c", "exit 3", "{port}")
     port = done.stderr.splitlines()[0].rpartition(":")[2]
     assert notes(done.stderr) == [f"portexec: note: the command failed (status 3) and never listened on port {port}"]
     assert done.returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "is_advised"),
+    [
+        ("pass", False),
+        ("socket.socket(socket.AF_UNIX).bind(chr(0) + str(os.getpid()))", False),
+        ("socket.socket().connect_ex(('127.0.0.1', 9))", False),
+        ("socket.socket().bind(('127.0.0.1', 0))", True),
+        ("socket.socket().listen()", True),
+    ],
+    ids=["nothing", "unix", "client", "bind", "listen"],
+)
+def test_advice_about_ports_is_for_commands_that_have_to_do_with_ports(script: str, is_advised: bool) -> None:
+    """A linter that fails, and a program that lacks a module, have no use for it."""
+    done = run("-H", "guard", "--", sys.executable, "-c", f"import os, socket; {script}; raise SystemExit(3)")
+    assert ("never listened on port" in done.stderr) is is_advised
+    assert done.returncode == 3
+
+
+HOLD = "--hand-off hold is for servers whose bind portexec does not see, such as docker's"
+
+
+@pytest.mark.parametrize(
+    ("tried", "named", "hint"),
+    [
+        ((), True, HOLD),
+        ((0,), False, "pass the number in its words as {port}"),
+        ((80,), False, "pass the number in its words as {port}, or replace its own with --remap 80"),
+        ((0, 80, 81), False, "pass the number in its words as {port}, or replace its own with --remap 80"),
+        ((9229,), False, "pass the number in its words as {port}"),
+        ((80,), True, "replace its own with --remap 80"),
+        ((0,), True, ""),
+        ((1,), True, ""),
+        ((80, 1), False, ""),
+    ],
+    ids=["hold", "any", "fixed", "first", "inspector", "named", "named, any", "ours", "ours after another"],
+)
+def test_the_hint_after_a_failure_is_what_the_command_did_not_do(
+    tried: tuple[int, ...], named: bool, hint: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen = Diagnosis([1], is_named=named, quiet=False, verbose=False)
+    for port in tried:
+        seen.tried(port)
+    seen.ended(3)
+    lines = ["note: the command failed (status 3) and never listened on port 1", *[f"hint: {hint}"] * bool(hint)]
+    assert capfd.readouterr().err.splitlines() == [f"portexec: {line}" for line in lines]
+
+
+def test_a_number_that_the_words_give_to_the_inspector_is_not_the_servers(capfd: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "node",
+        "--inspect=9337",
+        "--inspect-brk=0.0.0.0:80",
+        "--inspect-wait=[::1]:81",
+        "--inspect",
+        "--inspect=x",
+        "--port=82",
+    ]
+    assert inspected(words) == {9337, 80, 81}
+    seen = Diagnosis([1], is_named=False, quiet=False, verbose=False, inner=inspected(words))
+    seen.tried(80)
+    seen.listened(80, "0.0.0.0")
+    seen.ended(3)
+    assert "the command failed (status 3) and never listened on port 1" in capfd.readouterr().err
+    seen.listened(82, "0.0.0.0")
+    seen.ended(3)
+    assert "the command listens on port 82, not on 1" in capfd.readouterr().err
+
+
+def test_a_fixed_number_that_a_command_cannot_have_is_named() -> None:
+    """Whether anybody has it or not: the kernel refuses an address that is not the machine's."""
+    script = "import socket; socket.socket().bind(('192.0.2.1', 8000))"
+    done = run("-H", "guard", "--", sys.executable, "-c", script)
+    hint = "portexec: hint: pass the number in its words as {port}, or replace its own with --remap 8000"
+    assert done.stderr.splitlines()[-1] == hint
+
+
+@pytest.mark.parametrize("words", [("-e", "ORIGIN={url}"), ("--remap", "8000")], ids=["variable", "remap"])
+def test_a_number_that_an_option_names_is_a_matter_of_ports_too(words: tuple[str, ...]) -> None:
+    assert "never listened on port" in run("-H", "guard", *words, "--", "sh", "-c", "exit 3").stderr
+
+
+def test_a_ring_that_cannot_bind_explains_nothing() -> None:
+    """Before Linux 6.11, as which the kernel gives itself out here, whatever failed did not fail of the guard."""
+    setarch = shutil.which("setarch")
+    if setarch is None:
+        pytest.skip("needs setarch(8)")
+    command = ["-H", "guard", "--", sys.executable, "-c", OPEN_A_RING]
+    assert "io_uring" not in run(*command, prefix=[setarch, "--uname-2.6"]).stderr
+
+
+OPEN_A_RING = "import ctypes; ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)); raise SystemExit(3)"
+
+
+def test_a_bind_by_io_uring_is_refused_and_the_hint_names_what_helps() -> None:
+    done = run("-H", "guard", "--", *child("uring"))
+    if done.returncode == NO_IO_URING:
+        pytest.skip("io_uring cannot bind here")
+    assert (done.returncode, done.stdout) == (1, "bind EADDRINUSE\n")
+    assert "hint: the guard refuses a bind by io_uring, which portexec cannot see; --hand-off hold does not" in done.stderr
+    held = run("-q", "-H", "hold", "--", *child("uring"))
+    assert (held.returncode, held.stdout) == (0, "bind ok\nlisten ok\n")
+
+
+@pytest.mark.parametrize("lifetime", [(), ("--ready", "none")], ids=["alone", "under a lifetime"])
+@pytest.mark.parametrize("hand_off", ["fd", "hold"])
+def test_a_command_that_closes_what_it_does_not_know_drops_a_guard_of_which_a_parent_keeps_another(
+    hand_off: str, lifetime: tuple[str, ...]
+) -> None:
+    script = f"import os; os.closerange({STDERR + 1}, 1 << 16); print(flush=True); os.read(0, 1)"
+    with running("-H", hand_off, *lifetime, "--", sys.executable, "-c", script, stdin=subprocess.PIPE) as started:
+        port = int(started.url().rpartition(":")[2])
+        assert read_line(started.process) == ""
+        assert steal("127.0.0.2", port) == ("EADDRINUSE" if lifetime else "stolen")
+        tell(started.process, "")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import portexec
-from tests.support import DEADLINE, descriptors_of, get, read_line
+from tests.support import DEADLINE, descriptors_of, get, read_line, wait_for
 from tests.support.installed import need
 from tests.support.network import can_bind
 from tests.support.serving import PACKAGE_HOME, caller
@@ -273,5 +273,10 @@ def test_the_backlog_is_the_one_that_was_asked_for() -> None:
         for client in clients:
             client.setblocking(False)
             client.connect_ex(sock.getsockname())
-        unacked = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[24:28]  # of a listener, what waits in it
-        assert int.from_bytes(unacked, sys.byteorder) == 2
+
+        def waiting() -> int:
+            unacked = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[24:28]  # of a listener, what waits in it
+            return int.from_bytes(unacked, sys.byteorder)
+
+        wait_for(lambda: waiting() >= 2)
+        assert waiting() == 2

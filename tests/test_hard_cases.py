@@ -24,6 +24,8 @@ from portexec.binding import unix
 from tests.support import DEADLINE, PORTEXEC, STRANGER, child, descriptors_of, kill_group, run, status_of, wait_for
 from tests.support.installed import need, program
 
+pytestmark = pytest.mark.once
+
 HAND_OFFS = ["fd", "guard", "hold"]
 TOGETHER = pytest.mark.parametrize("hand_off", HAND_OFFS)
 GUARD_INHERITED = pytest.mark.parametrize("hand_off", ["fd", "hold"])  # with guard it stays with the parent

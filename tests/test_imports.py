@@ -41,72 +41,120 @@ FORBIDDEN_ON_THE_EXEC_PATH = {
 
 # The modules that each module may import, and no others. `binding.guard` is portexec/binding/guard.py.
 TABLE = """
-__init__: api.driver api.listen api.serve errors
+__init__: api.driver api.factories api.listen api.named api.serve errors
 __main__: cli
 admission.answer: admission.gates admission.own admission.seccomp admission.settle binding.guard binding.tables kernel
     parent.loop
-admission.diagnosis: admission.answer parent.loop say
+admission.diagnosis: admission.answer admission.elsewhere admission.rings parent.loop say
+admission.elsewhere:
 admission.gates: admission.seccomp binding.guard binding.tables
-admission.own: admission.seccomp binding.guard binding.tables
+admission.own: admission.gates admission.seccomp binding.guard binding.tables
 admission.privileges:
+admission.rings:
 admission.seccomp: kernel
-admission.settle: binding.tables parent.loop
-api.driver: control errors
-api.listen: binding.listeners binding.spec errors
+admission.settle: binding.tables kernel parent.loop
+api.driver: api.host api.output api.watchers control errors procfs
+api.factories: api.driver api.serve
+api.host: control errors plainjson procfs
+api.known_servers: api.driver api.output binding.tables errors procfs
+api.listen: binding.listeners binding.spec binding.stable errors
+api.named: api.driver errors names.missing names.naming names.registry names.stop names.wait project
+api.output:
 api.pytest_entry:
-api.pytest_plugin: api.serve errors procfs
-api.serve: api.driver errors
-binding.guard:
+api.pytest_plugin: api.driver api.factories api.known_servers api.serve api.watchers errors
+api.serve: api.driver api.output binding.spec errors
+api.watchers:
+binding.guard: errors
+binding.known_as: binding.listeners errors
 binding.listeners: binding.guard binding.refusals binding.spec binding.unix command.undo errors
-binding.refusals: binding.spec binding.tables errors
+binding.refusals: binding.guard binding.spec binding.tables errors
 binding.spec: errors
-binding.tables:
+binding.stable: binding.spec binding.tables project
+binding.succession: binding.guard binding.listeners errors kernel
+binding.tables: errors
 binding.unix: command.undo errors kernel
 check: admission.privileges admission.seccomp binding.guard binding.listeners binding.spec command.plan errors kernel
-    parent.child parent.loop parent.possible parent.signals
-cli: __init__ check command.undo control errors explain kernel launch options request say start
+    parent.child parent.loop parent.possible parent.signals plainjson
+cli: __init__ check command.undo completion control errors explain foresee kernel launch names.begin names.registry
+    names.verbs options request say start
 command.activation:
-command.environment: errors
+command.environment: command.fifo command.malformed errors
 command.execute: command.activation command.plan errors
+command.fifo: errors say
+command.malformed:
 command.plan: binding.listeners binding.spec command.activation command.templates errors
-command.publish: binding.listeners command.undo errors kernel
+command.publish: binding.listeners command.undo errors kernel plainjson
 command.templates: binding.spec errors
-command.undo:
-control: errors
+command.undo: errors
+completion: command.plan errors names.registry options request
+control: errors plainjson
 errors:
-explain: command.activation command.publish errors launch
+explain: binding.guard command.activation command.plan command.publish errors launch project request
+foresee: command.execute command.plan command.publish errors launch lifetime.log lifetime.notify request start writable
+host: admission.answer binding.listeners command.plan command.undo control errors launch options parent.family parent.loop
+    parent.naming parent.possible parent.signals parent.supervisor request say start surroundings
 kernel:
-launch: binding.listeners command.activation command.environment command.execute command.plan command.templates command.undo
-    errors request
+launch: binding.known_as binding.listeners command.activation command.environment command.execute command.plan
+    command.templates command.undo errors request
 lifetime.backoff: request
-lifetime.events: binding.listeners command.publish control kernel launch parent.loop say
-lifetime.notify: binding.unix command.undo errors
+lifetime.events: binding.listeners command.publish errors kernel launch lifetime.program names.registry parent.loop plainjson
+    say
+lifetime.get: lifetime.probe
+lifetime.log: command.execute command.publish command.undo errors kernel
+lifetime.notify: binding.unix command.undo errors procfs
 lifetime.probe: binding.listeners binding.tables binding.unix parent.loop
-lifetime.readiness: binding.listeners binding.tables lifetime.probe lifetime.start parent.loop procfs request
-lifetime.replacement: errors lifetime.events lifetime.start parent.loop procfs
-lifetime.run: command.plan control errors launch lifetime.events lifetime.notify lifetime.server lifetime.start parent.loop
-    parent.shim parent.signals parent.tree parent.witness request
-lifetime.server: command.plan errors launch lifetime.backoff lifetime.events lifetime.readiness lifetime.replacement
-    lifetime.start parent.loop procfs request
-lifetime.start: errors parent.child parent.link parent.loop parent.shim parent.signals parent.supervisor parent.witness
+lifetime.program: control errors kernel parent.loop
+lifetime.readiness: admission.settle binding.listeners binding.tables lifetime.get lifetime.probe lifetime.start
+    lifetime.waits parent.loop procfs request
+lifetime.replacement: binding.succession binding.tables errors lifetime.events lifetime.start parent.loop procfs
+lifetime.run: command.plan control errors launch lifetime.events lifetime.notify lifetime.program lifetime.server
+    lifetime.start parent.child parent.family parent.loop parent.protocol parent.shim parent.signals parent.tree procfs
+    request
+lifetime.server: binding.succession command.plan errors launch lifetime.backoff lifetime.events lifetime.readiness
+    lifetime.replacement lifetime.start lifetime.unready parent.loop procfs request
+lifetime.start: binding.succession errors parent.child parent.link parent.loop parent.protocol parent.shim parent.signals
+    procfs
+lifetime.unready: admission.elsewhere binding.listeners binding.tables lifetime.get lifetime.readiness request say
+lifetime.waits: kernel procfs
+names.begin: errors foresee names.detach names.listing names.registry names.wait project request say
+names.detach: binding.stable command.activation command.execute command.undo control errors kernel lifetime.log names.listing
+    names.naming names.registry names.wait plainjson request say
+names.listing: errors kernel names.naming names.registry plainjson say
+names.logs: errors names.missing names.naming names.registry names.wait say
+names.missing: errors names.listing names.naming names.registry
+names.naming: binding.spec errors
+names.registry: command.execute errors kernel names.naming plainjson procfs project writable
+names.stop: errors names.naming names.registry names.wait procfs say
+names.verbs: errors names.listing names.logs names.missing names.naming names.registry names.stop names.wait options project
+    request say
+names.wait: errors names.missing names.registry say
 options: binding.spec command.plan errors
 parent.child: admission.answer admission.seccomp binding.guard command.execute command.plan errors kernel parent.link
-    parent.loop parent.signals
+    parent.loop parent.signals procfs
+parent.family: parent.shim parent.signals
 parent.link: command.execute
 parent.loop:
+parent.naming: procfs
 parent.possible: errors kernel
-parent.shim: command.undo errors kernel parent.child parent.link parent.loop parent.signals parent.supervisor
+parent.protocol: binding.guard command.plan
+parent.shim: command.undo errors kernel parent.child parent.link parent.loop parent.naming parent.protocol parent.signals
+    parent.supervisor
 parent.signals: kernel
-parent.supervisor: admission.diagnosis binding.guard command.plan kernel parent.child parent.link parent.loop parent.signals
-    parent.tree parent.witness procfs
+parent.supervisor: admission.diagnosis admission.elsewhere errors kernel parent.child parent.link parent.loop parent.protocol
+    parent.signals parent.tree parent.witness procfs
 parent.tree: parent.loop parent.signals procfs
-parent.witness: kernel parent.loop
+parent.witness: parent.loop parent.protocol
+plainjson:
 procfs:
-request: binding.listeners binding.spec command.activation command.environment command.plan control errors options
+project: errors
+request: binding.known_as binding.listeners binding.spec binding.stable command.activation command.environment command.plan
+    command.templates control errors names.naming options
 say: errors kernel
-start: admission.privileges command.execute command.plan command.publish control errors explain kernel launch lifetime.events
-    lifetime.notify lifetime.run lifetime.start parent.loop parent.possible parent.shim parent.signals parent.supervisor
-    procfs request say
+start: admission.privileges binding.stable command.execute command.plan command.publish errors explain kernel launch
+    lifetime.events lifetime.log lifetime.notify lifetime.program lifetime.run lifetime.start names.naming names.registry
+    parent.family parent.loop parent.naming parent.possible parent.protocol parent.shim parent.signals procfs request say
+surroundings: kernel
+writable:
 """
 ALLOWED = {
     words[0].rstrip(":"): set(words[1:]) for words in (row.split() for row in TABLE.replace("\n    ", " ").strip().splitlines())
@@ -167,9 +215,10 @@ def test_nobody_imports_the_command_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_the_supervisor_and_the_api_import_anyio(path: Path) -> None:
+def test_only_the_async_face_of_the_api_imports_anyio(path: Path) -> None:
+    """portexec's own processes run on parent/loop.py."""
     imported = {name.partition(".")[0] for name in imported_by(path)}
-    assert not imported & {"anyio", "asyncio"} or name_of(path).startswith("lifetime.") or name_of(path) == "api.serve"
+    assert not imported & {"anyio", "asyncio", "trio"} or name_of(path) == "api.serve"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -201,6 +250,7 @@ EXEC_PATHS = [
     ["-l", "*:0", "--", "true", "{fd}"],
     ["-H", "hold", "-l", "localhost", "--", "true", "{port}"],
     ["-v", "--", "true", "{fd}"],
+    ["--json", "-H", "fd", "--", "true"],
 ]
 
 
@@ -218,6 +268,14 @@ def test_little_is_imported_to_publish_a_file(option: str, tmp_path: Path) -> No
     assert sorted(FORBIDDEN_ON_THE_EXEC_PATH & {name.partition(".")[0] for name in imported}) == []
 
 
+def test_little_is_imported_by_a_host() -> None:
+    """Each first server of a program waits for it."""
+    script = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import portexec.host; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, timeout=support.DEADLINE)
+    assert "portexec.host" in done.stdout.split(), done.stderr
+    assert sorted(FORBIDDEN_ON_THE_EXEC_PATH & set(done.stdout.split())) == []
+
+
 def test_what_is_imported_is_seen() -> None:
     """That the tests above could fail: a plan as JSON needs json, which imports re."""
     assert {"json", "re"} <= modules_on_the_way("-n", "--json", "-H", "fd", "--", "true")
@@ -231,4 +289,5 @@ TEST_MODULES = sorted(path for pattern in ("test_*.py", "conftest.py") for path 
 def test_test_modules_share_by_way_of_support(path: Path) -> None:
     """No test module imports another, so that each can be read, moved and run alone."""
     ours = {name for name in imported_by(path) if name.partition(".")[0] == "tests"}
-    assert {name for name in ours if name != "tests" and not name.startswith("tests.support")} == set()
+    shared = ("tests.support", "tests.children")  # helpers, and what the small programs say of themselves
+    assert {name for name in ours if name != "tests" and not name.startswith(shared)} == set()

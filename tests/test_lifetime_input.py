@@ -7,19 +7,20 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import DEADLINE, child, run, running
+from tests.support import DEADLINE, ROOT, child, run, running
 from tests.support.processes import refusing
 
 Result = subprocess.CompletedProcess[str]
 
 DURATION_HINT = "write a number and a unit: 500ms, 5s, 2m"
-FORMS_HINT = "one of listen, accept, http:PATH, notify, none"
+FORMS_HINT = "one of listen, accept, http, http:PATH, https, https:PATH, notify, none"
 RESTART_HINT = "one of no, on-failure, always"
 FD_HINT = "name the descriptor in the command as {fd}, or say -H fd if it reads LISTEN_FDS"
 OPEN_FILES = os.sysconf("SC_OPEN_MAX")
@@ -45,12 +46,40 @@ def said(message: str, hint: str) -> str:
 REFUSED = [
     (["--ready", "up"], "--ready 'up' is no known form", FORMS_HINT),
     (["--ready", ""], "--ready '' is no known form", FORMS_HINT),
+    (
+        ["--log", "-"],
+        "--log takes a file, and - is none",
+        "leave it out: the command writes to portexec's own stdout and stderr; ./- is a file of that name",
+    ),
     (["--ready", "HTTP"], "--ready 'HTTP' is no known form", FORMS_HINT),
     (["--ready", " http"], "--ready ' http' is no known form", FORMS_HINT),
     (["--ready", "listen:0"], "--ready 'listen:0' is no known form", FORMS_HINT),
     (["--ready", "accept:"], "--ready 'accept:' is no known form", FORMS_HINT),
+    (["--ready", "/health"], "--ready '/health' is no known form", "write http:/health"),
+    (["--ready", "http:"], "--ready 'http:' has no path", "write http alone, or http:/"),
+    (["--then", "a", "--then", "b"], "option --then is given twice", "write both in one: --then 'npm run lint && npm test'"),
+    (["--then", "curl", "-s", "{url}"], "unknown option -s", "if -s belongs to --then, quote it: --then 'curl -s ...'"),
+    (["--then", "curl -s", "-s"], "unknown option -s", "portexec --help lists the options"),
     (["--ready", "none:"], "--ready 'none:' is no known form", FORMS_HINT),
-    (["--ready", "https:/"], "--ready 'https:/' is no known form", FORMS_HINT),
+    (["--ready", "ftp:/"], "--ready 'ftp:/' is no known form", FORMS_HINT),
+    (
+        ["--ready", "http://127.0.0.1:80/health?a=b//"],
+        "--ready 'http://127.0.0.1:80/health?a=b//' is a URL, and takes a path alone",
+        "write http:/health?a=b//",
+    ),
+    (["--ready", "https://localhost"], "--ready 'https://localhost' is a URL, and takes a path alone", "write https:/"),
+    *(
+        (["--ready", given], f"--ready {given!r} {why}", f"write {right}")
+        for given, why, right in (
+            ("http:http://x/", "is a URL, and takes a path alone", "http:/"),
+            ("https:http://[::1]:80/a?b=c//", "is a URL, and takes a path alone", "https:/a?b=c//"),
+            ("http:localhost:3000/health", "has an address, and takes a path alone", "http:/health"),
+            ("http::8000", "has an address, and takes a path alone", "http:/"),
+            ("https:127.0.0.1/", "has an address, and takes a path alone", "https:/"),
+            ("http:health", "has a path that does not begin with a slash", "http:/health"),
+            ("https:?a=b", "has a path that does not begin with a slash", "https:/?a=b"),
+        )
+    ),
     (["--ready", "notify:"], "--ready 'notify:' names no socket", "write an absolute path, or @ and an abstract name"),
     (
         ["--ready", "notify:run/s"],
@@ -66,7 +95,7 @@ REFUSED = [
     (["--restart", "on_failure"], "--restart 'on_failure' is not known", RESTART_HINT),
     *(
         (["--then", text], "--then has an empty command", "write what is to run when the server is ready: --then 'npm test'")
-        for text in ("", " ", "\t\n", "--")
+        for text in ("", " ", "\t\n")
     ),
     (
         ["--lazy", "-H", "guard"],
@@ -97,6 +126,11 @@ REFUSED = [
         ["--ready", "accept", "-H", "fd", "-l", "udp:0"],
         "--ready accept needs a listener that takes connections, and UDP has none",
         "use --ready notify or none",
+    ),
+    (
+        ["--ready", "https:/x", "-H", "fd", "-l", "udp:0"],
+        "--ready https asks the first listener, which is UDP",
+        "list the TCP listener first",
     ),
     (
         ["--ready", "http", "-H", "fd", "-l", "udp:0", "-l", "0"],
@@ -192,7 +226,7 @@ def test_a_path_that_no_request_may_have(path: str, tmp_path: Path) -> None:
     assert_nothing_happened(result, tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/a%20b", "/?q=1&r=2", "/~x/;y,z", "//", "/:8000", "/{}", "/%", "/#top", "*", "http://x/"])
+@pytest.mark.parametrize("path", ["/a%20b", "/?q=1&r=2", "/~x/;y,z", "/a//b", "/:8000", "/{}", "/%", "/#top", "/http://x/"])
 def test_a_path_that_a_request_may_have(path: str) -> None:
     """It is for the server to say what it thinks of it; a command that ends is the end of the wait."""
     result = run("--ready", f"http:{path}", "-H", "fd", "--", "sh", "-c", "exit 7")
@@ -234,6 +268,26 @@ def test_a_notify_socket_whose_name_is_too_long(kind: str, tmp_path: Path) -> No
     assert result.returncode == 125
     assert re.match("portexec: error: cannot make the notify socket .*: .*too long\nportexec: hint: ", result.stderr)
     assert_nothing_happened(result, tmp_path)
+
+
+def test_a_notify_socket_at_a_path_is_as_open_as_it_has_to_be(tmp_path: Path) -> None:
+    """Below root a command may become any user, and has to reach it then."""
+    path = tmp_path / "notify"
+    result = run("--ready", f"notify:{path}", "--", "stat", "-c", "%a", str(path))
+    assert result.stdout == ("666\n" if os.geteuid() == 0 else "600\n")
+
+
+@pytest.mark.parametrize("form", ["http", "https:/x"])
+def test_without_the_parser_that_it_takes(form: str, tmp_path: Path) -> None:
+    """Said before anything starts. A Python without its site directory has none."""
+    main = "import sys; sys.path.insert(0, sys.argv.pop(1)); from portexec.__main__ import main; sys.exit(main())"
+    words = [sys.executable, "-S", "-c", main, str(ROOT), "--ready", form, "--", "touch", str(tmp_path / "started")]
+    result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    assert (result.returncode, list(tmp_path.iterdir())) == (125, [])
+    assert result.stderr == (
+        f"portexec: error: --ready {form.partition(':')[0]} needs the package h11, which is not there\n"
+        "portexec: hint: install h11\n"
+    )
 
 
 @pytest.mark.parametrize("hand_off", ["fd", "guard", "hold"])
@@ -381,6 +435,6 @@ def test_a_dry_run_refuses_the_same(words: list[str], tmp_path: Path) -> None:
 
 
 def test_the_last_of_an_option_counts(tmp_path: Path) -> None:
-    words = ["--ready", "up", "--ready", "none", "--restart", "yes", "--restart", "no", "--then", "", "--then", "exit 7"]
+    words = ["--ready", "up", "--ready", "none", "--restart", "yes", "--restart", "no", "--then", "exit 7"]
     result = lifetime(tmp_path, *words, "-H", "fd", command=["sleep", "1000"])
     assert result.returncode == 7

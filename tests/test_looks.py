@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import child, get, run, running
 from tests.support.installed import needs_ipv6, program
+from tests.support.processes import read_line, tell
 
 LOOKS = str(Path(__file__).parent / "apps" / "looks.js")
 TIMES = 5
@@ -52,6 +54,34 @@ def test_there_is_no_second_line_where_the_first_one_leads() -> None:
     assert (done.stdout, done.stderr.count("portexec: ")) == ("served on ::\n", 1)
 
 
+@pytest.mark.parametrize("looks", [["127.0.0.1"], ["0.0.0.0", "::"]], ids=" ".join)
+def test_a_look_is_not_taken_for_the_server_with_hold_either(looks: list[str]) -> None:
+    server = [program("node"), LOOKS, "127.0.0.1", "500", *looks]
+    for _ in range(TIMES):
+        done = run("-q", "-H", "hold", "--then", "exec curl -sS {url}", "--", *server)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "served on 127.0.0.1\n", "")
+
+
+def test_a_listener_that_stays_for_a_moment_is_a_look_with_hold() -> None:
+    """It is found while it listens, and its process rests; but not twice in the same sleep."""
+    script = (
+        "import os, socket, sys, time, http.server as h\n"
+        "port, look = int(os.environ['PORT']), socket.socket()\n"
+        "look.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1), look.bind(('127.0.0.1', port)), look.listen()\n"
+        "for _ in range(10): time.sleep(0.004)\n"
+        "look.close(), print('looked', flush=True), sys.stdin.readline()\n"
+        "h.HTTPServer(('127.0.0.1', port), h.SimpleHTTPRequestHandler).serve_forever()\n"
+    )
+    words = ["-q", "--ready-fd", "1", "-H", "hold", "--", sys.executable, "-c", script]
+    with running(*words, stdin=subprocess.PIPE) as started:
+        assert started.process.stdout is not None
+        assert started.process.stdin is not None
+        assert started.process.stdout.readline() == "looked\n"  # else it was ready before
+        started.process.stdin.write("\n")
+        started.process.stdin.flush()
+        assert json.loads(started.process.stdout.readline())["hand_off"] == "hold"
+
+
 @pytest.mark.parametrize("busy", [[], ["busy"]], ids=["idle", "busy"])
 def test_a_look_by_python_beside_a_busy_thread(busy: list[str]) -> None:
     """It sleeps between its listen and its close, since it waits for the interpreter's lock."""
@@ -68,11 +98,60 @@ def test_a_look_by_python_beside_a_busy_thread(busy: list[str]) -> None:
             assert get(listener["url"]) == "served\n"
 
 
+MANY = """
+import os, signal, socket, sys, time
+def opened(name):
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(("127.0.0.1", int(os.environ[f"{name}_PORT"])))
+    made.listen()
+    return made
+count = int(sys.argv[1])
+served = [opened(f"S{number}") for number in range(count)]
+looks = [opened(f"L{number}") for number in range(count)]
+if sys.argv[2:] == ["slowly"]:
+    for _ in range(10):
+        time.sleep(0.004)
+for look in looks:
+    look.close()
+print("looked", flush=True)
+sys.stdin.readline()
+looks = [opened(f"L{number}") for number in range(count)]
+signal.pause()
+"""
+
+
+def many(count: int, *how: str) -> list[str]:
+    """The words for a program that serves on so many numbers, looks at as many others, and serves there when it is told."""
+    listen = [word for kind in "sl" for number in range(count) for word in ("-l", f"{kind}{number}=0")]
+    return [*listen, "--", sys.executable, "-c", MANY, str(count), *how]
+
+
+def test_of_many_listeners_of_one_thread_each_is_told_that_is_a_servers() -> None:
+    with running("-v", "-H", "guard", *many(30), stdin=subprocess.PIPE) as started:
+        urls = [started.url() for _ in range(60)]
+        assert read_line(started.process) == "looked"
+        served = {started.line(r"the command listens on 127.0.0.1:(\d+)$")[1] for _ in range(30)}
+        assert served == {url.rpartition(":")[2] for url in urls[:30]}
+        tell(started.process, "")
+        looked_at = {started.line(r"the command listens on 127.0.0.1:(\d+)$")[1] for _ in range(30)}
+        assert looked_at == {url.rpartition(":")[2] for url in urls[30:]}
+
+
+@pytest.mark.parametrize("hand_off", ["guard", "hold"])
+def test_one_listener_of_many_that_was_a_look_is_waited_for(hand_off: str) -> None:
+    how = ["slowly"] if hand_off == "hold" else []
+    with running("-q", "--ready-fd", "1", "-H", hand_off, *many(2, *how), stdin=subprocess.PIPE) as started:
+        assert read_line(started.process) == "looked"  # else it was ready before
+        tell(started.process, "")
+        assert len(json.loads(read_line(started.process))["listeners"]) == 4
+
+
 def test_a_command_that_looks_and_crashes_is_started_five_times_and_then_given_up() -> None:
     done = run("--restart", "on-failure", "-H", "guard", "--", *child("looks"), "crash")
     assert (done.returncode, done.stdout) == (1, 5 * "looked\n")
-    given_up = "portexec: note: the command ended 5 times in a row without being ready, so there is no restart"
-    assert given_up in done.stderr.splitlines()
+    how_often = "5 times in a row before it was ready, so there is no restart"
+    assert f"portexec: note: the command ended {how_often}: exit status 1" in done.stderr.splitlines()
 
 
 def test_who_looked_at_its_number_and_serves_elsewhere_is_told_so() -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import pytest
 
 from portexec.parent import loop
-from portexec.parent.loop import Event, after, first, readable, sleep, spawn, writable
+from portexec.parent.loop import Event, after, first, isolated, readable, sleep, spawn, writable
 from tests.support import DEADLINE, status_of, wait_for
 
 T = TypeVar("T")
@@ -1033,3 +1033,109 @@ run(main())
 def test_a_forked_child_has_a_loop_of_its_own() -> None:
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=DEADLINE, check=True)
     assert (done.stdout, done.stderr) == ("b'child\\n' 7\nbystander of the parent\n", "")
+
+
+# A part of a run
+
+
+class Around:
+    """What is around the steps of a part: it says in which."""
+
+    def __init__(self, name: str, log: list[object]) -> None:
+        self.name = name
+        self.log = log
+        self.is_inside = False
+
+    def __enter__(self) -> None:
+        assert not self.is_inside
+        self.is_inside = True
+
+    def __exit__(self, *_: object) -> None:
+        self.is_inside = False
+
+
+def test_a_part_ends_with_its_main_coroutine_and_closes_what_it_has_spawned(log: list[object]) -> None:
+    around = Around("part", log)
+
+    async def linger() -> None:
+        try:
+            await sleep(HOUR)
+        finally:
+            log.append(("closed", around.is_inside))
+
+    async def main() -> str:
+        spawn(linger())
+        after(HOUR, lambda: log.append("never"))
+        await first(sleep(0), linger())
+        log.append(("goes on", around.is_inside))
+        return "over"
+
+    async def outer() -> None:
+        log.append(await isolated(main(), around))
+        log.append(("outside", around.is_inside))
+        await sleep(0)
+
+    run(outer())
+    assert log == [("closed", True), ("goes on", True), ("closed", True), "over", ("outside", False)]
+
+
+@pytest.mark.parametrize("where", ["main", "spawned", "first", "after"])
+def test_a_failure_ends_the_part_and_no_other(where: str, log: list[object]) -> None:
+    def fail() -> None:
+        raise Boom
+
+    async def boom() -> None:
+        await sleep(0)
+        fail()
+
+    async def main() -> None:
+        if where == "spawned":
+            spawn(boom())
+        elif where == "first":
+            await first(boom(), sleep(HOUR))
+        elif where == "after":
+            after(0, fail)
+        else:
+            await boom()
+        await sleep(HOUR)
+
+    async def other(go_on: Event) -> str:
+        await go_on.wait()
+        return "the other goes on"
+
+    async def beside(go_on: Event) -> None:
+        log.append(await isolated(other(go_on), Around("other", log)))
+
+    async def outer() -> None:
+        go_on = Event()
+        task = spawn(beside(go_on))
+        with pytest.raises(Boom):
+            await isolated(main(), Around("part", log))
+        go_on.set()
+        while not task.is_over:
+            await sleep(0)
+
+    run(outer())
+    assert log == ["the other goes on"]
+
+
+def test_a_part_is_closed_with_who_waits_for_it(log: list[object]) -> None:
+    async def spawned() -> None:
+        try:
+            await sleep(HOUR)
+        finally:
+            log.append("spawned")
+
+    async def main() -> None:
+        spawn(spawned())
+        try:
+            await sleep(HOUR)
+        finally:
+            log.append("main")
+
+    async def outer() -> None:
+        assert await first(isolated(main(), Around("part", log)), within=0) is None
+        log.append("outer")
+
+    run(outer())
+    assert log == ["spawned", "main", "outer"]

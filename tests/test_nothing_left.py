@@ -20,7 +20,7 @@ import pytest
 
 from tests.support import DEADLINE, PORTEXEC, child, is_gone, status_of, wait_for
 from tests.support.installed import program
-from tests.support.proc import children_of, is_pending, processes_with
+from tests.support.proc import children_of, is_pending, processes_with, state
 from tests.support.processes import tell_again
 from tests.support.terminals import Terminal, terminal_with
 
@@ -154,8 +154,7 @@ def test_the_server_dies(make_run: MakeRun, temper: str, hand_off: str) -> None:
 @TEMPERS
 def test_the_server_is_not_ready_in_time(make_run: MakeRun, temper: str, hand_off: str) -> None:
     run = make_run(temper, hand_off)
-    with run.started("--ready-timeout", "500ms", server="never") as process:
-        run.pid_of("server")
+    with run.started("--ready-timeout", "500ms", server="never") as process:  # in which all of it may be there, or not yet
         assert process.wait(DEADLINE) == 124
         assert run.is_nothing_left()
 
@@ -436,6 +435,25 @@ def test_a_second_request_kills_at_once_what_a_killed_shim_has_left(make_run: Ma
         assert run.is_nothing_left()
 
 
+@HAND_OFFS
+def test_a_shim_that_stops_late_goes_on(make_run: MakeRun, hand_off: str) -> None:
+    """It was told to stop its tree, and finds only then that Ctrl-Z has stopped its command."""
+    run = make_run("ignoring", hand_off)
+    run.kill_after = "1h"
+    with run.started() as process:
+        run.pid_of("tests")
+        shim = run.shim_of("server")
+        process.terminate()
+        assert wait_for(lambda: not is_pending(process.pid, signal.SIGTERM))
+        for _ in range(3):
+            os.kill(shim, signal.SIGSTOP)
+            assert wait_for(lambda: not is_pending(shim, signal.SIGSTOP))
+            assert wait_for(lambda: state(shim) in "SR")
+        tell_again(process, signal.SIGTERM)
+        process.wait(DEADLINE)
+        assert run.is_nothing_left()
+
+
 def test_with_hold_as_well(make_run: MakeRun) -> None:
     run = make_run("calm", "hold")
     with run.started() as process:
@@ -457,10 +475,12 @@ def escape(number, frame):
             while True:
                 signal.pause()
     os._exit(0)
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+signal.set_wakeup_fd(writer)
 signal.signal(signal.SIGTERM, escape)
 open(sys.argv[1], "w").close()
-while True:
-    signal.pause()
+os.read(reader, 1)
 """
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from portexec import options, request
 from portexec.errors import PortexecError
 from portexec.request import Request
+from tests.support import run
 
 DEFAULTS = vars(options.Options())
 ALL = [option for _, group in options.GROUPS for option in group]
@@ -18,16 +19,16 @@ ALL = [option for _, group in options.GROUPS for option in group]
 # words, what differs from the defaults
 PARSED: list[tuple[list[str], dict[str, object]]] = [
     ([], {}),
-    (["--"], {}),
+    (["--"], {"is_marked": True}),
     (["true"], {"command": ["true"]}),
-    (["--", "true"], {"command": ["true"]}),
+    (["--", "true"], {"is_marked": True, "command": ["true"]}),
     (["-q", "true"], {"quiet": True, "command": ["true"]}),
-    (["-q", "--", "true"], {"quiet": True, "command": ["true"]}),
+    (["-q", "--", "true"], {"quiet": True, "is_marked": True, "command": ["true"]}),
     (["true", "-q"], {"command": ["true", "-q"]}),
     (["sh", "-c", "x", "--", "y"], {"command": ["sh", "-c", "x", "--", "y"]}),
-    (["--", "sh", "--", "y"], {"command": ["sh", "--", "y"]}),
-    (["--", "--", "y"], {"command": ["--", "y"]}),
-    (["--", "-q"], {"command": ["-q"]}),
+    (["--", "sh", "--", "y"], {"is_marked": True, "command": ["sh", "--", "y"]}),
+    (["--", "--", "y"], {"is_marked": True, "command": ["--", "y"]}),
+    (["--", "-q"], {"is_marked": True, "command": ["-q"]}),
     (["-"], {"command": ["-"]}),
     (["", "-q"], {"command": ["", "-q"]}),
     (["-l", "8000", "x"], {"listen": ["8000"], "command": ["x"]}),
@@ -36,7 +37,7 @@ PARSED: list[tuple[list[str], dict[str, object]]] = [
     (["--listen=8000"], {"listen": ["8000"]}),
     (["--listen=api=0"], {"listen": ["api=0"]}),
     (["--listen="], {"listen": [""]}),
-    (["--listen", "--"], {"listen": ["--"]}),
+    (["--listen=--"], {"listen": ["--"]}),
     (["-l", "-q"], {"listen": ["-q"]}),
     (["-l", "a=0", "-l", "b=0", "--listen=c=0"], {"listen": ["a=0", "b=0", "c=0"]}),
     (["-qnv"], {"quiet": True, "dry_run": True, "verbose": True}),
@@ -58,7 +59,7 @@ PARSED: list[tuple[list[str], dict[str, object]]] = [
     (["--export", "f"], {"export": "f"}),
     (["--json", "-v", "--verbose"], {"json": True, "verbose": True}),
     (["--dry-run", "--help", "--version"], {"dry_run": True, "help": True, "version": True}),
-    (["-hV"], {"help": True, "version": True}),
+    (["-hV"], {"usage": True, "version": True}),
     (["-e", "A=\udc80", "\udc81"], {"env": ["A=\udc80"], "command": ["\udc81"]}),
 ]
 
@@ -70,7 +71,26 @@ def test_parsed(words: list[str], changes: dict[str, object]) -> None:
     assert words == before
 
 
+@pytest.mark.parametrize(
+    ("words", "quoted"),
+    [
+        ("--then npm test -- npm start", "'npm test'"),
+        ("--then=npm run e2e -- npm start", "'npm run e2e'"),
+        ("--then ./tests npm run dev -- --port 8000", ""),
+        ("--then tests -- npm run dev -- 8000", ""),
+        ("--then npm -- npm start", ""),
+        ("--then npm test --", ""),
+        ("npm test -- npm start", ""),
+    ],
+)
+def test_quotes_that_were_forgotten(words: str, quoted: str) -> None:
+    assert options.parse(words.split()).quotes_for_then() == quoted
+
+
 LISTS = "portexec --help lists the options"
+DETACH = "--detach goes to the background: write --name NAME --detach"
+FORCE = "no port is taken from another server; --stop NAME stops one, and -l 3000,0 takes any other port"
+HUP = "HUP to portexec with --restart and {fd} starts the command anew; entr or watchexec can send it"
 
 REFUSED = [
     (["--lissten", "0", "x"], "unknown option --lissten", "did you mean --listen?"),
@@ -78,7 +98,20 @@ REFUSED = [
     (["--dryrun"], "unknown option --dryrun", "did you mean --dry-run?"),
     (["--handoff", "fd"], "unknown option --handoff", "did you mean --hand-off?"),
     (["--portfile", "f"], "unknown option --portfile", "did you mean --port-file?"),
-    (["--list"], "unknown option --list", "did you mean --listen?"),
+    (["--liste"], "unknown option --liste", "did you mean --listen?"),
+    (["--lgo", "f"], "unknown option --lgo", "did you mean --log?"),
+    (["--nmae", "web"], "unknown option --nmae", "did you mean --name?"),
+    *(([word], f"unknown option {word}", "--list shows what runs") for word in ("--status", "--ps", "--ls")),
+    (["--stop-all"], "unknown option --stop-all", "--stop --all stops all of this project"),
+    (["--rm", "web"], "unknown option --rm", "--forget NAME takes what has ended off the list, with its log"),
+    *(([word], f"unknown option {word}", DETACH) for word in ("-d", "--daemon", "--daemonize", "--background")),
+    (["-qd"], "unknown option -d", DETACH),
+    (["--kill"], "unknown option --kill", "--stop NAME stops it"),
+    (["--force"], "unknown option --force", FORCE),
+    (["--reload"], "unknown option --reload", HUP),
+    (["--watch"], "unknown option --watch", HUP),
+    (["--port=3000"], "unknown option --port", "the port is given with -l: -l 3000, or -l 3000,0 for any other if taken"),
+    *(([word], f"unknown option {word}", LISTS) for word in ("--open", "--fnord", "--tail", "--show", "--test")),
     (["--zzz"], "unknown option --zzz", LISTS),
     (["-z"], "unknown option -z", LISTS),
     (["-qz"], "unknown option -z", LISTS),
@@ -87,8 +120,14 @@ REFUSED = [
     (["--=x"], "unknown option --", LISTS),
     (["-l"], "option -l needs a value", "write -l [NAME=]SPEC"),
     (["--env-file"], "option --env-file needs a value", "write --env-file FILE"),
+    (["-l", "--", "x"], "option -l needs a value", "write -l [NAME=]SPEC; is a variable unset?"),
+    (["--then", "--", "x"], "option --then needs a value", "write --then COMMAND; is a variable unset?"),
     (["-qe"], "option -qe needs a value", "write -qe NAME=TEMPLATE"),
     (["--quiet=yes", "x"], "option --quiet takes no value", "write --quiet alone"),
+    (["-q=1", "x"], "option -q takes no value", "write -q alone"),
+    (["-nq=1", "x"], "option -q takes no value", "write -q alone"),
+    (["--export", ""], "--export names no file", "its value is empty; is a variable unset?"),
+    (["--port-file=", "x"], "--port-file names no file", "its value is empty; is a variable unset?"),
     (["--quiet=", "x"], "option --quiet takes no value", "write --quiet alone"),
 ]
 
@@ -104,10 +143,10 @@ def test_refused(words: list[str], message: str, hint: str) -> None:
 def test_every_option_has_an_attribute_and_stands_in_the_help(option: options.Option) -> None:
     assert option.field in DEFAULTS
     assert f"{option.long} {option.metavar}".rstrip() in options.help_text()
-    assert option.help in options.help_text()
+    assert option.help in " ".join(options.help_text().split())
     for name in filter(None, (option.short, option.long)):
         parsed = vars(options.parse([name, "value"]))
-        assert parsed[option.field] == (True if not option.metavar else ["value"] if option.repeatable else "value")
+        assert parsed[option.field] == (True if not option.has_value else ["value"] if option.repeatable else "value")
 
 
 def test_option_names_are_unique() -> None:
@@ -115,11 +154,22 @@ def test_option_names_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_help_fits_a_terminal() -> None:
-    lines = options.help_text().splitlines()
-    assert max(len(line) for line in lines) <= 100
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_fits_a_terminal(option: str) -> None:
+    done = run(option)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(len(line) for line in lines) <= 80
     assert not any(line != line.rstrip() for line in lines)
-    assert options.help_text().endswith("\n")
+    assert done.stdout.endswith("\n")
+
+
+def test_the_short_help_has_less_than_forty_lines_of_the_long_one() -> None:
+    lines = options.usage_text().splitlines()
+    assert len(lines) < 40
+    assert set(lines) - set(options.help_text().splitlines()) == {"Options most used"}
+    for option in ("--name", "--detach", "--list", "--url", "--stop", "--logs", "--help"):
+        assert f" {option} " in options.usage_text()
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("7", 7), ("007", 7), ("10", 10)])

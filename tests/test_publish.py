@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from portexec import options
 from tests import support
 
 WHAT = {"--port-file": "port file", "--export": "export file"}
@@ -191,6 +192,21 @@ def test_port_file_replaces_a_regular_file(directory: Path) -> None:
     assert names_in(directory) == ["kept", "p"]
 
 
+@pytest.mark.root
+def test_port_file_replaces_no_strangers_file_where_strangers_may_put_one(directory: Path) -> None:
+    path = directory / "p"
+    path.write_text("theirs\n")
+    os.chown(path, support.STRANGER, support.STRANGER)
+    assert run_fd("--port-file", str(path), "--", "true").returncode == 0  # the directory is ours alone
+    os.chown(path, support.STRANGER, support.STRANGER)
+    directory.chmod(0o777)  # without the sticky bit, so that no setting of the kernel's protects us
+    before = path.read_text()
+    result = run_fd("--port-file", str(path), "--", "true")
+    assert (result.returncode, path.read_text(), names_in(directory)) == (125, before, ["p"])
+    hint = "remove it, or choose a directory that only you may write to"
+    assert f"port file {path}: somebody else may have put it there\nportexec: hint: {hint}\n" in result.stderr
+
+
 def test_port_file_is_never_seen_unfinished(directory: Path) -> None:
     """Read it over and over while launches replace it."""
     path = directory / "p"
@@ -237,6 +253,7 @@ def test_what_is_no_regular_file_is_refused(kind: str, option: str, directory: P
     result = run_fd(option, where, "--", "touch", str(directory / "started"))
     assert result.returncode == 125
     assert result.stderr.startswith(f"portexec: error: cannot write {WHAT[option]} {where}: ")
+    assert "portexec: hint: name a file" in result.stderr
     assert [os.lstat(where).st_mode, names_in(directory)] == before
 
 
@@ -259,6 +276,7 @@ def test_standard_output_is_no_place_for_a_file(option: str, path: str) -> None:
     result = run_fd(option, path, "--", "echo", "started")
     assert (result.returncode, result.stdout) == (125, "")
     assert f" {path}: " in result.stderr
+    assert "name a file" in result.stderr or "name the file itself" in result.stderr
 
 
 @pytest.mark.parametrize(("option", "what"), WHAT.items())
@@ -444,7 +462,7 @@ def test_neither_file_when_one_cannot_be_written(bad: str, directory: Path) -> N
 
 @pytest.mark.root  # makes a file of another user
 def test_neither_file_when_the_port_file_is_somebody_elses(directory: Path) -> None:
-    """In a directory such as /tmp a file of another user cannot be renamed over, which shows only when it is tried."""
+    """In a directory such as /tmp, by somebody who could not rename over it either."""
     sticky, export = directory / "sticky", directory / "env"
     sticky.mkdir()
     theirs = sticky / "p"
@@ -456,7 +474,8 @@ def test_neither_file_when_the_port_file_is_somebody_elses(directory: Path) -> N
     result = without_rights(
         "-H", "fd", "--port-file", str(theirs), "--export", str(export), "--", "touch", str(directory / "started")
     )
-    refused(result, f"cannot write port file {theirs}: Operation not permitted")
+    hint = "remove it, or choose a directory that only you may write to"
+    refused(result, f"cannot write port file {theirs}: somebody else may have put it there", hint)
     assert theirs.read_text() == "theirs\n"
     assert names_in(sticky) == ["p"]
     assert export.read_text() == "A=1\n"
@@ -516,7 +535,7 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(directory: Path) -> None:
     assert ("hand-off", "fd (the command names the descriptor ({fd}))") in rows
     assert ("listener", f"api  {found[0]}  descriptor 3") in rows
     assert ("listener", f"sock  unix:{directory}/s  descriptor 4") in rows
-    assert ("guard", f"port {found[1]}, every address") in rows
+    assert ("guard", f"port {found[1]}, on every address") in rows
     assert ("set", f"API_PORT={found[1]}") in rows
     assert ("set", f"PORT={found[1]}") in rows
     assert any(name == "run" and text.endswith(f"touch {started} '4 {found[1]}'") for name, text in rows)
@@ -546,6 +565,66 @@ def test_dry_run_as_json(directory: Path) -> None:
     assert plan["environment"] == {"PORT": str(port), "API_PORT": str(port)} | listen
     assert os.path.basename(plan["file"]) == "echo"
     assert names_in(directory) == []
+
+
+def rows_of(*words: str) -> list[tuple[str, str]]:
+    result = support.run("-n", *words)
+    assert (result.returncode, result.stderr) == (0, "")
+    return [(line[:10].rstrip(), line[10:]) for line in result.stdout.splitlines()]
+
+
+LIFETIME_ROWS = [
+    ([], []),
+    (["--then", "curl {url}"], ["ready accept, within 60 s", "then sh -c 'curl URL'"]),
+    (["--ready", "http:/up", "--ready-timeout", "500ms"], ["ready http:/up, within 0.5 s"]),
+    (["--restart", "always", "--log", "web.log"], ["ready accept", "restart always", "log web.log, stdout and stderr"]),
+    (["--lazy"], ["ready none", "lazy starts at the first connection"]),
+    (["--ready-fd", "1", "--ready", "none"], ["ready none, within 60 s", "tell descriptor 1, when ready"]),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), LIFETIME_ROWS)
+def test_dry_run_shows_what_was_asked_for_under_lifetime(asked: list[str], expected: list[str]) -> None:
+    rows = [f"{name} {URL.sub('URL', text)}" for name, text in rows_of("-H", "fd", *asked, "--", "true")]
+    end = ["stop TERM, and KILL 5 s later, to all that it has started"] if asked else []
+    at = next(number for number, row in enumerate(rows) if row.startswith("run "))
+    assert rows[at + 1 : -1] == expected + end
+
+
+def test_dry_run_has_a_row_for_each_option_under_lifetime() -> None:
+    """That none is forgotten which comes later."""
+    words = ["--then", "x", "--ready", "none", "--ready-timeout", "1s", "--ready-fd", "1", "--restart", "always", "--lazy"]
+    words += ["--log", "x", "--kill-after", "1s", "-H", "fd"]
+    group = next(group for title, group in options.GROUPS if title == options.LIFETIME)
+    assert {option.long for option in group} == {word for word in words if word.startswith("--")} | {"--control-fd"}
+    planned = json.loads(support.run("-n", "--json", *words, "--", "true").stdout)["lifetime"]
+    assert planned == {
+        "ready": "none",
+        "ready_timeout": 1,
+        "then": "x",
+        "ready_fd": 1,
+        "control_fd": None,
+        "restart": "always",
+        "lazy": True,
+        "log": "x",
+        "kill_after": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "opened"),
+    [
+        ("127.0.0.1:0", []),
+        ("localhost:0", []),
+        ("0.0.0.0:0", ["listener1: every IPv4 address of this machine, so that other machines can connect"]),
+        ("web=*:0", ["web: every IPv4 and IPv6 address of this machine, so that other machines can connect"]),
+    ],
+)
+def test_dry_run_shows_what_a_wildcard_opens(spec: str, opened: list[str]) -> None:
+    assert [text for name, text in rows_of("-l", spec, "-H", "fd", "--", "true") if name == "opens"] == opened
+    others = [text for name, text in rows_of("-l", spec, "-H", "guard", "--", "true") if name == "opens"]
+    assert len(others) == len(opened)
+    assert all("what the command binds" in text for text in others)
 
 
 @pytest.mark.parametrize(

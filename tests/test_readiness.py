@@ -12,9 +12,12 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,12 @@ from typing import Any
 
 import pytest
 
+from portexec.admission.elsewhere import likeliest
+from portexec.binding.listeners import Listener
+from portexec.lifetime import get
+from portexec.lifetime.probe import Probe
+from portexec.parent import loop
+from portexec.parent.loop import first, readable, sleep
 from tests.support import (
     DEADLINE,
     PORTEXEC,
@@ -37,7 +46,7 @@ from tests.support import (
 from tests.support.installed import program
 from tests.support.network import connect, port_of
 from tests.support.obedience import BY_NUMBER, HAND_OFFS, Server, launched, serving
-from tests.support.processes import NO_SOCK_DIAG, refusing
+from tests.support.processes import NO_PASSPIDFD, NO_SOCK_DIAG, refusing, stop_where_it_waits
 
 pytestmark = pytest.mark.once
 
@@ -212,8 +221,7 @@ def test_what_has_ended_is_not_ready_any_more() -> None:
             parent = int(status_of(server.pid)["PPid"])
             server.listens("fd")
             server.says("pending PORT 1")
-            server.process.send_signal(signal.SIGSTOP)
-            assert wait_for(lambda pid=server.process.pid: status_of(pid)["State"].startswith("T"))  # type: ignore[misc]
+            stop_where_it_waits(server.process.pid)
             server.do("accept PORT", "exit 3")
             assert wait_for(lambda pid=server.pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
             assert wait_for(lambda pid=parent: status_of(pid)["State"][0] in "SZ")  # type: ignore[misc]  # it has told
@@ -242,8 +250,7 @@ def test_other_clients_in_the_backlog_where_sock_diag_is_refused() -> None:
 def test_another_client_that_was_first_does_not_blur_it(hand_off: str) -> None:
     with serving("-H", hand_off, "--ready", "accept") as server:
         url = server.started.url()
-        server.process.send_signal(signal.SIGSTOP)
-        assert wait_for(lambda: status_of(server.process.pid)["State"].startswith("T"))
+        stop_where_it_waits(server.process.pid)
         server.listens(hand_off)
         server.says("pending PORT 0")
         with connect(url) as first:
@@ -347,19 +354,53 @@ def test_udp_is_ready_at_once(form: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "path"),
-    [("http", "/"), ("http:", "/"), ("http:/health?a=1:2", "/health?a=1:2"), ("http:ready", "/ready")],
+    ("form", "path", "bad"),
+    [
+        ("http", "/", (503, 500)),
+        ("http:/", "/", (500, 404)),
+        ("http:/health?a=1:2", "/health?a=1:2", (404, 401)),
+        ("http:/ready", "/ready", (400, 499)),
+    ],
 )
 @pytest.mark.parametrize("hand_off", HAND_OFFS)
-def test_http_is_not_before_a_status_under_500(hand_off: str, form: str, path: str) -> None:
+def test_http_is_not_before_a_status_that_counts(hand_off: str, form: str, path: str, bad: tuple[int, ...]) -> None:
+    """Any status under 500; for a path that was given 2xx or 3xx."""
     with serving("-H", hand_off, "--ready", form) as server:
         port = port_of(server.started.url())
         server.listens(hand_off)
         assert server.is_awaited()
-        for status in (503, 500, 200):
+        for status in (*bad, 200):
             request = server.replies(b"HTTP/1.1 %d Status\r\n\r\n" % status)
             assert request[0] == f"GET {path} HTTP/1.1"
-            assert f"Host: 127.0.0.1:{port}" in request
+            assert f"host: 127.0.0.1:{port}" in map(str.lower, request)
+        server.ready()
+
+
+@pytest.mark.parametrize("status", [200, 204, 301, 399])
+def test_http_with_a_path_and_a_status_that_is_an_answer(status: int) -> None:
+    with serving("-H", "guard", "--ready", "http:/x") as server:
+        server.listens("guard")
+        server.replies(b"HTTP/1.1 %d x\r\nLocation: /elsewhere\r\n\r\n" % status)
+        server.ready()
+
+
+def test_http_is_asked_less_and_less() -> None:
+    """Each GET is a line in a server's log. In two seconds there is time for 13, and for 30 with the pause of the first."""
+    done = run("--ready", "http:/status/503", "--ready-timeout", "2s", "--", *child("light"), "log")
+    *log, error, hint = done.stderr.splitlines()
+    assert done.returncode == 124
+    assert 1 < log.count("GET /status/503") < 15
+    assert error.endswith("/status/503 with 2xx or 3xx; it answered with status 503")
+    assert hint == "portexec: hint: --ready http:PATH asks for another path, --ready listen waits for no answer"
+
+
+def test_http_with_informational_answers_first() -> None:
+    """RFC 9110 section 15.2: they come before the answer itself."""
+    with serving("-H", "guard", "--ready", "http:/x") as server:
+        server.listens("guard")
+        server.replies(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 404 Not Found\r\n\r\n")
+        assert server.is_awaited()
+        server.replies(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + OK)
         server.ready()
 
 
@@ -372,7 +413,6 @@ def test_http_with_a_status_that_is_an_answer(status: int) -> None:
 
 
 NO_ANSWERS = {
-    "nothing": b"",
     "empty line": b"\r\n",
     "ssh": b"SSH-2.0-OpenSSH_9.2p1\r\n",
     "no status": b"HTTP/1.1\r\n\r\n",
@@ -382,12 +422,61 @@ NO_ANSWERS = {
     "another protocol": b"ICY 200 OK\r\n\r\n",
     "a word in front": b"200 HTTP/1.1 200\r\n\r\n",
     "bytes": bytes(range(128, 256)) + b"\r\n",
-    "TLS alert": bytes.fromhex("15030100020246"),
     "500": b"HTTP/1.1 500 Internal Server Error\r\n\r\n",
     "599": b"HTTP/1.1 599\r\n\r\n",
     "1000": b"HTTP/1.1 1000 x\r\n\r\n",
     "cut off": b"HTTP/1.1 20",
 }
+
+
+async def exchange(answer: bytes | None, *, is_over: bool) -> str:
+    """What is said of a GET that got these bytes of an answer, None where nobody took its connection."""
+
+    async def reply(server: socket.socket) -> None:
+        if answer is None:
+            return
+        with server.accept()[0] as connection:
+            await readable(connection)
+            connection.recv(1000)
+            connection.sendall(answer)
+            if is_over:
+                connection.shutdown(socket.SHUT_RDWR)
+            await sleep(0)  # what was sent is there, and is read
+            await sleep(0)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        listener = Listener("web", "tcp", host="127.0.0.1", port=server.getsockname()[1])
+        with Probe(listener) as probe:
+            await probe.connect()
+            asked = get.Get(probe, "/", is_tls=False)
+            await first(asked.ask(), reply(server))
+        return asked.text()
+
+
+HALF = "sent an answer that it did not finish"
+NO_HTTP = "sent what is not HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    ("answer", "while_open", "in_the_end"),
+    [
+        (None, "", ""),
+        (b"", "took the connection and sent nothing", "closed the connection without an answer"),
+        (b"HT", HALF, HALF),
+        (b"HTTP/1.1 20", HALF, HALF),
+        (b"HTTP/1.1 100", HALF, HALF),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", HALF, HALF),
+        (b"HTTP/1.1 200 OK\r\nA: b\r\n", HALF, HALF),
+        (b"HTTP/1.1 2x0 OK\r\n\r\n", NO_HTTP, NO_HTTP),
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", NO_HTTP, NO_HTTP),
+        (b"\x00\x00\x12\x04", NO_HTTP, NO_HTTP),
+        (b"HTTP/1.1 503 x\r\n\r\n", "answered with status 503", "answered with status 503"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_an_answer(answer: bytes | None, while_open: str, in_the_end: str) -> None:
+    assert loop.run(exchange(answer, is_over=False)) == while_open
+    assert loop.run(exchange(answer, is_over=True)) == in_the_end
 
 
 @pytest.mark.parametrize("hand_off", ["fd", "guard"])
@@ -401,12 +490,24 @@ def test_http_with_an_answer_that_is_none(answer: bytes, hand_off: str) -> None:
         server.ready()
 
 
+@pytest.mark.parametrize("answer", [b"", bytes.fromhex("15030100020246")], ids=["nothing", "TLS alert"])
+def test_http_with_an_answer_that_may_come_of_tls(answer: bytes) -> None:
+    """It is asked whether it speaks TLS, on another connection, which may do no harm."""
+    with serving("-H", "guard", "--ready", "http") as server:
+        server.listens("guard")
+        server.replies(answer)
+        server.do("reset PORT")
+        assert server.is_awaited()
+        server.replies(OK)
+        server.ready()
+
+
 @pytest.mark.parametrize("way", ["reset", "accept"])
 @pytest.mark.parametrize("hand_off", HAND_OFFS)
 def test_http_with_a_server_that_ends_the_connection_first(hand_off: str, way: str) -> None:
     with serving("-H", hand_off, "--ready", "http") as server:
         server.listens(hand_off)
-        server.do(f"{way} PORT")
+        server.do(*[f"{way} PORT"] * (2 if way == "reset" else 1))  # one that says nothing is asked whether it speaks TLS
         server.replies(OK)
         server.ready()
 
@@ -423,12 +524,83 @@ def test_http_on_other_listeners(tmp_path: Path) -> None:
         server.ready()
 
 
+# https
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with a key and a certificate that nobody has signed, for another name and a day in the past."""
+    file = tmp_path_factory.mktemp("tls") / "server.pem"
+    make = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=nobody.invalid", "-days", "1"]
+    subprocess.run([program("openssl"), *make, "-keyout", file, "-out", file], check=True, capture_output=True)
+    return str(file)
+
+
+@pytest.mark.parametrize("form", ["https", "https:/"])
+def test_https_is_asked_over_tls_and_so_is_its_url(form: str, certificate: str) -> None:
+    words = ["--ready", form, "--then", "curl -skS {url}", "--", *child("secure"), certificate]
+    done = run(*words)
+    announced, *rest = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, rest) == (0, "secure\n", [])
+    assert announced.startswith("portexec: https://127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("form", "said", "hint"),
+    [
+        (
+            "https:/no",
+            "GET https://{}/no with 2xx or 3xx; it answered with status 404",
+            "--ready https takes any status under 500",
+        ),
+        ("http", "GET http://{}/ with a status under 500; it speaks TLS there", "--ready https asks over TLS"),
+        ("http:/x", "GET http://{}/x with 2xx or 3xx; it speaks TLS there", "--ready https asks over TLS"),
+    ],
+)
+def test_a_server_with_tls_that_is_asked_in_the_wrong_way(form: str, said: str, hint: str, certificate: str) -> None:
+    done = run("--ready", form, "--ready-timeout", "3s", "--", *child("secure"), certificate)
+    announced, error, hinted = done.stderr.splitlines()
+    assert done.returncode == 124
+    place = announced.rpartition("/")[2]
+    assert error == f"portexec: error: the command was not ready after 3 s: it did not answer {said.format(place)}"
+    assert hinted == f"portexec: hint: {hint}"
+
+
+def test_https_where_there_is_no_tls() -> None:
+    with serving("--ready", "https", "-H", "guard", "--ready-timeout", "3s") as server:
+        server.listens("guard")
+        server.do("accept PORT")
+        server.started.line("/ with a status under 500; it does not speak TLS there$")
+        server.started.line("^portexec: hint: --ready http asks without TLS$")
+        assert server.process.wait(DEADLINE) == 124
+
+
+def test_https_with_a_server_that_hangs_up() -> None:
+    with serving("--ready", "https", "-H", "guard", "--ready-timeout", "3s") as server:
+        server.listens("guard")
+        server.do("reset PORT", "reset PORT")
+        server.started.line("; it closed the connection when it was asked for TLS$")
+        assert server.process.wait(DEADLINE) == 124
+
+
+def test_the_modules_of_readiness_are_imported_for_their_form_only() -> None:
+    """None of them costs a run that does not need it."""
+    script = (
+        "import sys; from portexec import cli; from portexec.lifetime import run, readiness, events; "
+        "print(*sorted({'h11', 'ssl', 'http', 'asyncio'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "\n"
+
+
 # notify
 
 
 @pytest.fixture(params=["abstract", "path"])
-def notify(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return "notify" if request.param == "abstract" else f"notify:{tmp_path}/notify"
+def notify(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The form, by a name or by a path in a directory that everybody can enter."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield "notify" if request.param == "abstract" else f"notify:{directory}/notify"
 
 
 @pytest.mark.parametrize("hand_off", HAND_OFFS)
@@ -466,14 +638,14 @@ def test_notify_with_a_main_process_that_is_none(number: str) -> None:
 
 
 def test_the_name_of_the_notify_socket(tmp_path: Path) -> None:
-    """An abstract one of its own, or the path, which only our own user can write to and which is gone at the end."""
+    """An abstract one of its own, or the path, which is gone at the end. Below root, a command may become any user."""
     words = ["-q", "--ready", "notify", "-H", "hold", "--", "printenv", "NOTIFY_SOCKET"]
     first, second = (run(*words).stdout for _ in range(2))
     assert first.startswith("@")
     assert first != second
     path = tmp_path / "notify"
     with serving("-H", "fd", "--ready", f"notify:{path}") as server:
-        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.stat().st_mode & 0o777 == (0o600 if os.geteuid() else 0o666)
         server.do("notify READY=1")
         server.ready()
         assert path.exists()
@@ -487,10 +659,34 @@ def test_without_notify_the_variable_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.root  # becomes another user
-def test_another_user_cannot_say_that_it_is_ready(notify: str, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
+@pytest.mark.parametrize("hand_off", ["fd", "guard"])
+def test_a_process_of_the_command_counts_whatever_user_it_became(hand_off: str, notify: str) -> None:
+    with serving("-H", hand_off, "--ready", notify) as server:
+        assert server.says(f"notify-as {STRANGER} STATUS=nearly") == "sent"
+        assert server.is_awaited()
+        server.do(f"notify-as {STRANGER} READY=1")
+        assert sorted(server.heard()[0] for _ in range(2)) == ["s", "{"]
+
+
+@pytest.mark.root  # becomes another user
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["pidfd", "proc"])
+def test_a_process_of_the_command_counts_by_its_pid_too(old_kernel: bool) -> None:
+    """Before Linux 6.5 the kernel hands out no pidfd of the sender."""
+    prefix = refusing(NO_PASSPIDFD) if old_kernel else []
+    with serving("-H", "fd", "--ready", "notify", prefix=prefix) as server:
+        server.do(f"notify-as {STRANGER} READY=1")
+        assert sorted(server.heard()[0] for _ in range(2)) == ["s", "{"]
+
+
+@pytest.mark.root  # becomes another user
+def test_a_stranger_cannot_say_that_it_is_ready(notify: str) -> None:
+    """It is not below portexec, although it can send."""
     with serving("-H", "fd", "--ready", notify) as server:
-        assert server.says(f"notify-as {STRANGER} READY=1") == ("refused" if ":" in notify else "sent")
+        environ = Path(f"/proc/{server.pid}/environ").read_bytes().split(b"\0")
+        name = next(value for key, _, value in (item.partition(b"=") for item in environ) if key == b"NOTIFY_SOCKET")
+        stranger = [*child("obedient"), f"notify-as {STRANGER} READY=1", "exit 0"]
+        said = subprocess.run(stranger, env={**os.environb, b"NOTIFY_SOCKET": name}, capture_output=True, check=True).stdout
+        assert said.splitlines()[1:] == [b"notify-as", b"sent", b"exit"]
         assert server.is_awaited()
         server.do("notify READY=1")
         server.ready()
@@ -508,13 +704,11 @@ def service_manager(tmp_path: Path, kind: str) -> Iterator[tuple[socket.socket, 
 
 @pytest.mark.parametrize("kind", ["abstract", "path"])
 def test_our_own_service_manager_is_told(tmp_path: Path, kind: str) -> None:
-    """READY=1 and STATUS= as they come; the rest is between the command and us, and another user says nothing through us."""
+    """READY=1 and STATUS= as they come; the rest is between the command and us."""
     with (
         service_manager(tmp_path, kind) as (manager, environment),
         serving("-H", "fd", "--ready", "notify", env=environment) as server,
     ):
-        if os.geteuid() == 0:
-            assert server.says(f"notify-as {STRANGER} READY=1") == "sent"
         server.do("notify MAINPID=4711", "notify WATCHDOG=1\\nFDSTORE=1", "notify STATUS=nearly\\nMAINPID=4712")
         assert manager.recv(1000) == b"STATUS=nearly\n"
         server.do("notify READY=1\\nSTATUS=well")
@@ -530,9 +724,13 @@ def test_a_service_manager_that_has_gone_is_nobodys_failure(tmp_path: Path) -> N
 
 
 def test_systemd_notify(notify: str) -> None:
-    """The program has ended, or waits for our answer to its barrier, when its message is read."""
+    """The program has ended, or waits for our answer to its barrier, when its message is read.
+
+    Its shell goes on: what ends in the same moment is not told ready.
+    """
     script = f"{program('systemd-notify')} --ready --status=well && echo told; read line"
-    with running("-q", "--ready-fd", "1", "--ready", notify, "-H", "fd", "--", "sh", "-c", script) as started:
+    words = ["-q", "--ready-fd", "1", "--ready", notify, "-H", "fd", "--", "sh", "-c", script]
+    with running(*words, stdin=subprocess.PIPE) as started:
         assert started.process.stdout is not None
         lines = [started.process.stdout.readline() for _ in range(2)]
         assert sorted(line[0] for line in lines) == ["t", "{"]
@@ -659,6 +857,10 @@ def test_a_reader_that_has_gone_is_nobodys_failure() -> None:
         os.close(writer)
 
 
+TAKE_IT = "with hand-off fd portexec listens, and the command has to take descriptor 3, {fd} in its words"
+OR_NOT = "; leave --hand-off out if it binds the number itself"
+
+
 @pytest.mark.parametrize("hand_off", HAND_OFFS)
 @pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", -9), ("kill -TERM $$", -15)])
 def test_a_command_that_ends_before_it_is_ready(script: str, status: int, hand_off: str) -> None:
@@ -666,6 +868,7 @@ def test_a_command_that_ends_before_it_is_ready(script: str, status: int, hand_o
     done = run("--ready-fd", "1", "--ready-timeout", "1h", "-H", hand_off, "--", "sh", "-c", script)
     assert (done.returncode, done.stdout) == (status, "")
     assert "portexec: note: the command ended before it was ready: " in done.stderr
+    assert (f"portexec: hint: {TAKE_IT}{OR_NOT}" in done.stderr) is (hand_off == "fd")
 
 
 @pytest.mark.parametrize("form", ["http", "notify", "accept"])
@@ -684,7 +887,8 @@ def test_a_server_that_ends_while_it_is_asked(hand_off: str, form: str) -> None:
 NEVER = {
     "listen": "listen on {}",
     "accept": "accept a connection on {}",
-    "http:/health": "answer GET http://{}/health with a status under 500",
+    "http": "answer GET http://{}/ with a status under 500",
+    "http:/health": "answer GET http://{}/health with 2xx or 3xx",
     "notify": "send READY=1 to $NOTIFY_SOCKET",
 }
 
@@ -700,7 +904,28 @@ def test_the_time_is_over(form: str, hand_off: str) -> None:
     assert (done.returncode, done.stdout) == (124, "")
     missing = NEVER[form].format(announced.rpartition("/")[2])
     assert error == f"portexec: error: the command was not ready after 0.1 s: it did not {missing}"
-    assert hint == "portexec: hint: --ready-timeout gives it more time, --ready says what to wait for"
+    nobody_takes = hand_off == "fd" and form != "notify"
+    usual = "--ready-timeout gives it more time, --ready says what to wait for"
+    assert hint == f"portexec: hint: {TAKE_IT + OR_NOT if nobody_takes else usual}"
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "hint"),
+    [
+        (["-H", "fd"], ["true", "--fd", "3"], []),
+        (["-H", "fd", "-q", "--then", "true"], ["false"], [TAKE_IT + OR_NOT]),
+        (["--no-pid"], ["true"], [TAKE_IT]),
+        (["-H", "fd", "-l", "0", "-l", "unix:@portexec-{}"], ["true"], [TAKE_IT]),
+        (["--first-fd", "5"], ["true"], [TAKE_IT.replace("3", "5")]),
+    ],
+    ids=["named", "tests", "by another reason", "unix", "another descriptor"],
+)
+def test_how_to_take_a_descriptor_is_said_to_a_command_whose_words_name_none(
+    words: list[str], command: list[str], hint: list[str]
+) -> None:
+    own = [word.replace("{}", str(os.getpid())) for word in words]
+    done = run("--ready-timeout", "1h", *own, "--", *command)
+    assert [line for line in done.stderr.splitlines() if "hint: " in line] == [f"portexec: hint: {line}" for line in hint]
 
 
 def test_no_time_at_all() -> None:
@@ -717,18 +942,66 @@ def test_what_the_command_said_last_is_told() -> None:
 
 
 def test_only_what_is_missing_is_named() -> None:
+    """And the number that the command has instead, but none that is probably for the command itself."""
     with serving("-l", "web=0", "-l", "admin=0", "--ready", "listen", "--ready-timeout", "3s", "-H", "guard") as server:
-        web, admin = (server.started.url().partition("//")[2] for _ in range(2))
-        server.do("bind ADMIN_PORT 127.0.0.1", "listen ADMIN_PORT")
-        assert server.started.line("it did not listen on (.*)").group(1) == web
-        assert admin not in server.started.lines[-1]
+        _, admin = (server.started.url().partition("//")[2] for _ in range(2))
+        for key, host in (("WEB_PORT", "127.0.0.1"), ("HELPERS", "127.0.0.1"), ("OTHER", "0.0.0.0")):
+            server.do(f"bind {key} {host}", f"listen {key}")
+        server.started.line(rf"it did not listen on admin \({re.escape(admin)}\); it listens on port \d+$")
+        server.started.line("^portexec: hint: pass the number in its words as {admin.port}$")
 
 
-def test_a_server_that_is_never_done_with_its_answer() -> None:
-    with serving("-H", "fd", "--ready", "http", "--ready-timeout", "2s") as server:
+INNER, OUTER = "127.0.0.1", "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("words", "hosts"),
+    [(["-H", "guard"], [INNER]), (["-H", "hold"], [OUTER, INNER]), (["-H", "guard", "--ready", "http"], [OUTER])],
+    ids=["guard", "hold", "http"],
+)
+def test_the_number_that_it_has_instead_is_named(words: list[str], hosts: list[str]) -> None:
+    """The error is the last that people see, and the first that they read: it says all that is known.
+
+    On the loopback interface it may be for the command itself, which is better than none.
+    """
+    script = (
+        "import signal, socket, sys; all = [socket.create_server((host, 0)) for host in sys.argv[1:]]; "
+        "print(all[0].getsockname()[1], flush=True); signal.pause()"
+    )
+    done = run(*words, "-q", "--ready-timeout", "2s", "--then", "true", "--", sys.executable, "-S", "-c", script, *hosts)
+    error, hint = (line for line in done.stderr.splitlines() if line.startswith("portexec:"))
+    assert done.returncode == 124
+    assert error.endswith(f"; it listens on port {done.stdout.strip() or done.stderr.split()[0]}")
+    assert hint == "portexec: hint: pass the number in its words as {port}"
+
+
+ANY = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])  # the first that the system chooses
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({80: INNER, 9229: INNER, ANY: INNER}, [80]),
+        ({80: INNER, ANY: OUTER}, [80, ANY]),
+        ({ANY + 1: "::1", 9230: INNER, ANY: INNER}, [ANY, ANY + 1]),
+        ({9229: INNER}, [9229]),
+        ({}, []),
+    ],
+)
+def test_the_likeliest_number_of_a_server(found: dict[int, str], expected: list[int]) -> None:
+    assert likeliest(found) == expected
+
+
+def test_a_server_that_never_answers() -> None:
+    """Whether it has taken the connection is said, since much else follows from that."""
+    words = ["--ready", "http", "--ready-timeout", "4s"]  # in which the other one has to come up, too
+    with serving("-H", "fd", *words) as server, serving("-H", "guard", *words) as deaf:
+        deaf.listens("guard")
         server.listens("fd")
         server.do("keep PORT")
-        server.started.line("not ready after 2 s: it did not answer GET ")
+        deaf.started.line("it did not answer GET .*; it listens there and has taken no connection$")
+        server.started.line("not ready after 4 s: it did not answer GET .*; it took the connection and sent nothing$")
+        server.started.line("^portexec: hint: --ready-timeout gives it more time, --ready accept waits for no answer$")
         assert server.process.wait(DEADLINE) == 124
 
 
@@ -767,13 +1040,18 @@ def read_to_end(terminal: int) -> str:
 
 @pytest.mark.parametrize("quiet", [False, True], ids=["loud", "quiet"])
 def test_who_waits_is_told_for_what(quiet: bool) -> None:
-    """After 5 s, by a whole line: nothing is redrawn over what a server writes, on a terminal neither."""
-    words = ["-q"] * quiet + ["--ready", "notify", "--ready-timeout", "6s", "-H", "fd", "--", "sleep", "100"]
+    """After 5 s, by a whole line: nothing is redrawn over what a server writes, on a terminal neither.
+
+    A listener that is probably for the command itself is named in the end alone.
+    """
+    words = ["-q"] * quiet + ["--ready", "listen", "--ready-timeout", "6s", "-H", "hold", "--", *child("light"), "port=0"]
     with on_a_terminal(*words) as (process, terminal):
         seen = read_to_end(terminal)
         assert process.wait(DEADLINE) == 124
-    told = [line for line in seen.splitlines() if "waiting" in line]
-    assert told == ([] if quiet else ["portexec: note: 5 s: waiting for the command to send READY=1 to $NOTIFY_SOCKET"])
+    told = [line for line in seen.splitlines() if "waiting for" in line]
+    place = re.search(r"did not listen on (\S+); it listens on port \d+\r", seen)
+    assert place
+    assert told == ([] if quiet else [f"portexec: note: 5 s: waiting for the command to listen on {place[1]}"])
     assert "\x1b" not in seen
 
 

@@ -1,4 +1,4 @@
-"""README.md, run: every fenced block, as a reader would run it, beside the demo applications of tests/apps.
+"""README.md and docs/, run: every fenced block, as a reader would run it, beside the demo applications of tests/apps.
 
 What the word after the three backticks means is in RUNNERS; a block without one fails.
 
@@ -13,6 +13,7 @@ What the word after the three backticks means is in RUNNERS; a block without one
     procfile        run by honcho, as a Procfile
     python          a program
     python test     a test file, run by pytest
+    ... recipe      a recipe, run by a test of its own: tests/test_recipes.py, tests/test_several_machines.py
 """
 
 from __future__ import annotations
@@ -26,74 +27,67 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from portexec import options
 from tests.support import DEADLINE, ROOT, Running, get, kill_group, wait_for
-from tests.support.installed import APPS, PATH, need
+from tests.support.installed import APPS, PATH, install_portexec, need
+from tests.support.processes import session
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.recipes]
 
-README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+RECIPE = re.compile(r"\w+ recipe( \S+)?")
 STRICT = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"]
 MARK = "----- that was all -----"
+PATIENCE = 2 * DEADLINE
 NUMBER = re.compile(r"(\d{4,})")
 NEEDED = {"curl": "curl", "node": "node", "npm": "npm node", "uvicorn": "uvicorn fastapi", "hypercorn": "hypercorn fastapi"}
 NEEDED |= {"gunicorn": "gunicorn", "flask": "flask", "make": "make", "uv": "uv"}
-NOT_OURS = {"--fd"}  # options of other programs that the text mentions
+# Options of other programs that the text mentions.
+NOT_OURS = {"--fd", "--init", "--show-capture", "-s", "--strictPort", "-start_epmd"}
 
 
 class Block(NamedTuple):
-    """A fenced block: the line it begins at, what it is, its text."""
+    """A fenced block: its page, the line it begins at, what it is, its text."""
 
+    page: str
     line: int
     kind: str
     text: str
 
 
 def blocks() -> Iterator[Block]:
-    for found in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", README, re.MULTILINE):
-        yield Block(README.count("\n", 0, found.start()) + 1, found[1], found[2])
+    for page, text in PAGES.items():
+        for found in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
+            yield Block(page, text.count("\n", 0, found.start()) + 1, found[1], found[2])
 
 
 BLOCKS = list(blocks())
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: the demo applications, under the names that the README uses, and `portexec` on the PATH."""
+def folder(tmp_path: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: the demo applications, under the names that the pages use, and `portexec` on the PATH.
+
+    Servers with a name are in a registry of the test's own.
+    """
+    monkeypatch.delenv("PYTHONPATH")
     place = Path(shutil.copytree(APPS, tmp_path / "apps"))
     (place / "asgi.py").rename(place / "app.py")
     (place / "package.json").write_text('{"scripts": {"start": "node server.js"}}')
     programs = tmp_path / "bin"
     programs.mkdir()
-    script = programs / "portexec"
-    script.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom portexec.cli import main\nsys.exit(main())\n"
-    )
-    script.chmod(0o755)
+    install_portexec(programs)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{PATH}")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # gunicorn's control socket, one for each test
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.chdir(place)
     return place
-
-
-@contextmanager
-def shell(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Run words in a session of their own, of which nothing is left afterwards, nor after the deadline."""
-    with subprocess.Popen([*words], text=True, start_new_session=True, **options) as process:
-        timer = threading.Timer(2 * DEADLINE, kill_group, [process.pid])
-        timer.start()
-        try:
-            yield process
-        finally:
-            timer.cancel()
-            kill_group(process.pid)
 
 
 def ask(url: str) -> str:
@@ -113,7 +107,7 @@ class Terminal:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
-        self.numbers: dict[str, str] = {}  # from those of the README to those of this run
+        self.numbers: dict[str, str] = {}  # from those of the page to those of this run
 
     def type(self, command: str, count: int) -> list[str]:
         """Type a command, and return what appears until it is over and there are `count` lines."""
@@ -145,7 +139,7 @@ class Terminal:
         return all(self.numbers.setdefault(theirs, ours) == ours for theirs, ours in pairs)
 
     def check_distinct(self, transcript: str) -> None:
-        """Addresses that are different in the README are so here, and processes that answer."""
+        """Addresses that are different on the page are so here, and processes that answer."""
         for before in (r"(?:http|udp)://127\.0\.0\.1:", "hello from "):
             theirs = set(re.findall(rf"{before}(\d{{4,}})", transcript))
             assert len({self.numbers[number] for number in theirs}) == len(theirs), self.numbers
@@ -165,7 +159,7 @@ def transcript(text: str) -> list[tuple[str, list[str]]]:
 def run_transcript(block: Block, _: Path) -> None:
     """Type it all, and compare."""
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with shell(["bash", "--noprofile", "--norc"], **streams) as process:
+    with session(["bash", "--noprofile", "--norc"], within=PATIENCE, **streams) as process:
         terminal = Terminal(process)
         for command, expected in transcript(block.text):
             lines = terminal.type(command, len(expected))
@@ -182,7 +176,7 @@ def run_transcript(block: Block, _: Path) -> None:
 def run_script(block: Block, place: Path) -> None:
     """Run it to its end."""
     words = [*STRICT, "-c", block.text]
-    with shell(words, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with session(words, within=PATIENCE, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.wait(2 * DEADLINE) == 0, process.communicate()[0]
 
 
@@ -190,7 +184,7 @@ def run_server(block: Block, _: Path) -> None:
     """Start it, ask at every address, stop it."""
     assert block.text.count("portexec") == 1
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with shell([*STRICT, "-c", block.text], **streams) as process:
+    with session([*STRICT, "-c", block.text], within=PATIENCE, **streams) as process:
         started = Running(process)
         try:
             urls = [started.url() for _ in range(block.text.count(" -l ") or 1)]
@@ -214,7 +208,7 @@ def run_in_checkout(block: Block, place: Path) -> None:
 
 
 def steps_of(text: str) -> Iterator[str]:
-    """The scripts of a workflow's steps: the part of YAML that the README needs."""
+    """The scripts of a workflow's steps: the part of YAML that the pages need."""
     for found in re.finditer(r"^( +)run: (.*)\n((?:\1 +.*\n)*)", text, re.MULTILINE):
         yield "".join(line.strip() + "\n" for line in found[3].splitlines()) if found[2] == "|" else found[2]
 
@@ -244,7 +238,7 @@ def run_steps(block: Block, place: Path) -> None:
     finally:
         for session in sessions:
             kill_group(session)
-    assert "testing at http://127.0.0.1:" in (place / f"log{len(steps) - 1}").read_text()
+    assert "testing at" not in steps[-1] or "testing at http://127.0.0.1:" in (place / f"log{len(steps) - 1}").read_text()
 
 
 def run_procfile(block: Block, place: Path) -> None:
@@ -255,7 +249,7 @@ def run_procfile(block: Block, place: Path) -> None:
         ["honcho", "start", "--no-colour"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
-    timer = threading.Timer(2 * DEADLINE, process.terminate)  # honcho stops its processes, which have sessions of their own
+    timer = threading.Timer(PATIENCE, process.terminate)  # honcho stops its processes, which have sessions of their own
     timer.start()
     try:
         urls: dict[str, str] = {}
@@ -277,7 +271,7 @@ def run_procfile(block: Block, place: Path) -> None:
 
 
 def jobs_of(text: str) -> Iterator[dict[str, list[str]]]:
-    """The lines of each list of scripts, job by job: the part of YAML that the README needs."""
+    """The lines of each list of scripts, job by job: the part of YAML that the pages need."""
     for job in re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]:
         lists = re.finditer(r"^  (\w*script):\n((?:    - .*\n)+)", job, re.MULTILINE)
         yield {found[1]: [line.removeprefix("    - ") for line in found[2].splitlines()] for found in lists}
@@ -304,7 +298,7 @@ def run_as_gitlab(stack: ExitStack, lines: Sequence[str]) -> str:
     script = "\n".join(f"echo {shlex.quote('$ ' + line)}\n{line}" for line in lines)
     whole = f"set -o pipefail; set -o errexit\nset +o noclobber\n: | eval {shlex.quote(script)}\nexit 0\n"
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = stack.enter_context(shell(["bash"], **streams))
+    process = stack.enter_context(session(["bash"], within=PATIENCE, **streams))
     log, _ = process.communicate(whole, timeout=DEADLINE)
     assert process.returncode == 0, log
     return log
@@ -322,7 +316,8 @@ def run_program(block: Block, place: Path) -> None:
 def run_tests(block: Block, place: Path) -> None:
     """Run it with the plugin, which an installed portexec brings along."""
     (place / "test_readme_block.py").write_text(block.text)
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_readme_block.py"]
+    few_plugins = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]  # which would be most of what it costs
+    words = [sys.executable, "-m", "pytest", "-q", *few_plugins, "test_readme_block.py"]
     words += [] if is_installed_package() else ["-p", "portexec.api.pytest_plugin"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=2 * DEADLINE, env=with_root())
     assert done.returncode == 0, done.stdout
@@ -348,7 +343,11 @@ RUNNERS: dict[str, Callable[[Block, Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line{block.line}")
+@pytest.mark.parametrize(
+    "block",
+    [block for block in BLOCKS if not RECIPE.fullmatch(block.kind)],
+    ids=lambda block: f"{Path(block.page).stem}-line{block.line}",
+)
 def test_block(block: Block, folder: Path) -> None:
     assert block.kind in RUNNERS, "nobody knows how to run it"
     words = set(re.findall(r"[\w.-]+", block.text))
@@ -363,6 +362,30 @@ def test_block(block: Block, folder: Path) -> None:
         os.environ.update(before)
 
 
+# What each row of "Which line is mine" needs that runs here as it stands. The others are run by scripts/try_recipes.sh.
+LINES = {"FastAPI": "uvicorn fastapi", "Flask": "flask", "Django": "django", "Express": "npm node", "puma": "puma", "Go": "go"}
+ELSEWHERE = {"FastAPI's command", "Vite", "Next.js", "Rails", "Spring Boot", "Docker"}
+
+
+def lines_of_the_readme() -> dict[str, str]:
+    table = PAGES["README.md"].partition("| you run | your line |\n")[2].partition("\n\n")[0]
+    return dict(re.findall(r"^\| ([^|]+) \| `(.+)` \|$", table, re.MULTILINE))
+
+
+def test_every_line_of_the_readme_is_run_or_named() -> None:
+    assert set(lines_of_the_readme()) == {*LINES, *ELSEWHERE}
+    tried = (ROOT / "scripts" / "try_recipes.py").read_text()
+    assert [name for name in ELSEWHERE if f'"{name}"' not in tried] == []
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_of_the_readme(name: str, folder: Path) -> None:
+    need(LINES[name].split())
+    if name == "Go":
+        subprocess.run(["go", "build", "-o", "server", "server.go"], check=True)
+    run_server(Block("README.md", 0, "bash serves", lines_of_the_readme()[name]), folder)
+
+
 def is_installed_package() -> bool:
     """Whether pip finds portexec, so that asking for it installs nothing."""
     words = [sys.executable, "-m", "pip", "show", "--quiet", "portexec"]
@@ -371,12 +394,12 @@ def is_installed_package() -> bool:
 
 def test_every_fence_is_a_block() -> None:
     assert len(BLOCKS) > 20
-    assert README.count("```") == 2 * len(BLOCKS)
+    assert sum(text.count("```") for text in PAGES.values()) == 2 * len(BLOCKS)
 
 
 def test_every_table_is_one() -> None:
     """A row that stands apart from its table is no row: head, rule, and rows of as many cells."""
-    tables = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    tables = [table for text in PAGES.values() for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
     assert len(tables) > 5
     for table in tables:
         head, rule, *rows = table.splitlines()
@@ -387,7 +410,7 @@ def test_every_table_is_one() -> None:
 
 def spans() -> list[str]:
     """What stands between single backticks outside of the blocks, with the table's escapes undone."""
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```$", "", "\n".join(PAGES.values()), flags=re.MULTILINE | re.DOTALL)
     return [span.replace("\\|", "|") for span in re.findall(r"`([^`]+)`", text)]
 
 
@@ -401,14 +424,17 @@ def test_the_text_names_no_option_that_does_not_exist() -> None:
 
 
 def test_the_table_of_options_is_complete() -> None:
-    rows = [line for line in README.splitlines() if line.startswith("| `-")]
+    rows = [line for line in PAGES["docs/reference.md"].splitlines() if line.startswith("| `-")]
     assert {name for row in rows for name in re.findall(r"`(--?\w[\w-]*)", row.split(" | ")[0])} == known_options()
 
 
 def test_every_command_line_has_options_that_exist() -> None:
-    lines = [line for block in BLOCKS for line in block.text.splitlines()]
+    lines = [line for block in BLOCKS for line in block.text.replace("\\\n", "").splitlines()]
     lines += [span for span in spans() if re.match(r"(exec )?portexec ", span)]
-    commands = [found[1] for line in lines for found in re.finditer(r"(?:^|[ \n])portexec (.*)", line.removeprefix("$ "))]
+    inner = re.compile(r"\$\(([^()]*)\)")  # a command whose output stands for words of another one
+    lines += [found for line in lines for found in inner.findall(line)]
+    lines = [inner.sub("WORD", line.removeprefix("$ ")) for line in lines]
+    commands = [found[1] for line in lines for found in re.finditer(r"(?:^|[ \n])portexec (.*)", line)]
     assert len(commands) > 20
     for command in commands:
         try:
@@ -423,6 +449,6 @@ def test_the_layout_lists_every_module() -> None:
     package = ROOT / "portexec"
     modules = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
     rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    table = README.partition("| in `portexec/` | |")[2]
+    table = PAGES["docs/development.md"].partition("| in `portexec/` | |")[2]
     rows = re.findall(r"^\| (`[^|]+`) \|", table, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} == modules | rooms

@@ -1,4 +1,4 @@
-"""Sequences of starts, stops, restarts and deaths in any order, in plain code, asyncio and trio: nothing is left of any.
+"""Sequences of starts, stops, restarts, deaths and forks in any order, in plain code, asyncio and trio: nothing is left of any.
 
 Two servers at a time, each on one kind of listener, so that a sequence is about what was done before to the same one as well
 as about its neighbour.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import threading
+import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +22,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import portexec
-from tests.support import descriptors_of, get, wait_for
+from tests.support import get, wait_for
 from tests.support.installed import need
-from tests.support.serving import LIGHT, ON_FD, describe, greeting, hook, marked, marking
+from tests.support.proc import status_of
+from tests.support.serving import LIGHT, ON_FD, describe, descriptors, greeting, hook, marked, marking
 
 Serving = Callable[[], portexec.Serving]
-STEPS = ["start", "stop", "restart", "kill", "behead", "get", "leave", "fail", "hurry"]
+STEPS = ["start", "stop", "restart", "kill", "behead", "get", "leave", "fail", "hurry", "fork"]
 SEQUENCES = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 1)), min_size=2, max_size=6)
 BACKENDS = ["plain", "asyncio", "trio"]
 
@@ -95,6 +98,28 @@ class Slot:
             with pytest.raises(portexec.Exited):
                 await self.call("wait")
 
+    async def fork(self) -> None:
+        """The child of a fork has no part in the server, and leaves it alone."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, where there are threads
+            pid = os.fork()
+        if pid == 0:
+            os._exit(self.look_as_child())
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        await self.get()
+
+    def look_as_child(self) -> int:
+        """0 if all is as it should be."""
+        try:
+            if self.server is not None and self.is_plain:
+                self.server.stop()
+                self.server.wait()
+        except portexec.NotRunning:
+            pass
+        except BaseException:
+            return 1
+        return 0 if self.server is None or self.server.died() is None else 2
+
     async def get(self) -> None:
         if self.is_running and self.server.port:
             assert get(self.server.url) == greeting(self.server)
@@ -133,15 +158,16 @@ def run(backend: str, coroutine: Callable[[], Coroutine[Any, Any, None]]) -> Non
 
 @contextmanager
 def nothing_is_left() -> Iterator[Path]:
-    """Fail if the block leaves a process, a descriptor, or a file in the directory that it gets."""
-    before = descriptors_of()
+    """Fail if the block leaves a process, a thread, a descriptor, or a file in the directory that it gets."""
+    before, threads = descriptors(), threading.active_count()
     with marking() as mark:
         with tempfile.TemporaryDirectory() as name:
             yield Path(name)
             left = [entry.name for entry in Path(name).iterdir()]
             wait_for(lambda: not marked(mark))  # of a portexec that was killed there is something for a moment
+            wait_for(lambda: threading.active_count() <= threads)
         assert left == []
-        assert descriptors_of() == before
+        assert descriptors() == before
 
 
 def slots_in(place: Path, is_plain: bool) -> list[Slot]:
@@ -158,6 +184,7 @@ def slots_in(place: Path, is_plain: bool) -> list[Slot]:
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @example(sequence=[("start", 0), ("start", 1), ("restart", 0), ("kill", 1), ("restart", 1), ("leave", 1), ("start", 1)])
 @example(sequence=[("start", 1), ("behead", 1), ("restart", 1), ("leave", 1), ("start", 1), ("stop", 1)])
+@example(sequence=[("start", 0), ("fork", 0), ("restart", 0), ("start", 1), ("kill", 1), ("fork", 1)])
 @example(sequence=[("hurry", 0), ("fail", 1), ("start", 1), ("restart", 1), ("stop", 0), ("restart", 0)])
 @given(sequence=SEQUENCES)
 def test_nothing_is_left_of_any_sequence(backend: str, sequence: list[tuple[str, int]]) -> None:
@@ -177,6 +204,6 @@ def test_what_is_left_is_seen() -> None:
     os.close(writer)
     with marking() as mark:
         with portexec.serve(ON_FD) as server:
-            assert {server.pid, hook(server)} <= marked(mark)
+            assert {server.pid, int(status_of(server.pid)["PPid"])} <= marked(mark)  # the shim, too
             assert any("light.py" in line for line in describe(marked(mark)))
         assert marked(mark) == set()

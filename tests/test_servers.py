@@ -24,6 +24,8 @@ from tests.support import DEADLINE, Running, get, kill_group, running, wait_for
 from tests.support.installed import APPS, PATH, need
 from tests.support.proc import is_session_gone, listening_numbers, members
 
+pytestmark = pytest.mark.once
+
 BY_NUMBER_HAND_OFFS = ["guard", "hold"]
 
 

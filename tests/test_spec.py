@@ -76,7 +76,7 @@ def test_form_with_a_name(text: str, kind: str, address: str, candidates: tuple[
 
 
 FORMS_HINT = "a spec is ADDRESS, ADDRESS:PORTS, PORTS, unix:PATH or udp:[ADDRESS:]PORTS; see portexec --help"
-PORTS_HINT = "ports are numbers, ranges and lists: 8000 or 8000-8099 or 3000,0"
+PORTS_HINT = "ports are numbers, ranges and lists: 8000 or 8000-8099 or 3000,0; or stable"
 BRACKET_HINT = "an IPv6 address is written [::1]:PORTS"
 PATH_HINT = "write unix:PATH, or unix:@NAME for an abstract one"
 NAME_HINT = "names are up to 255 letters, digits, `-` and `_`"
@@ -84,15 +84,21 @@ NAME_HINT = "names are up to 255 letters, digits, `-` and `_`"
 MALFORMED = [
     ("", "malformed listen spec ''", FORMS_HINT),
     (" ", "malformed listen spec ' '", FORMS_HINT),
-    (":8000", "malformed listen spec ':8000'", FORMS_HINT),
+    (":8000", "malformed listen spec ':8000'", "write 8000 alone, or *:8000 for every address"),
+    (":", "malformed listen spec ':'", FORMS_HINT),
     ("a b", "malformed listen spec 'a b'", FORMS_HINT),
     ("localhost,8000", "malformed listen spec 'localhost,8000'", FORMS_HINT),
-    ("/run/api.sock", "malformed listen spec '/run/api.sock'", FORMS_HINT),
+    ("/run/api.sock", "malformed listen spec '/run/api.sock'", "a unix socket is written unix:/run/api.sock"),
     ("@api", "malformed listen spec '@api'", FORMS_HINT),
     ("api=", "malformed listen spec 'api='", FORMS_HINT),
     ("api=web=0", "malformed listen spec 'api=web=0'", FORMS_HINT),
     ("udp:", "malformed listen spec 'udp:'", FORMS_HINT),
     ("host\x1b[0m", "malformed listen spec 'host\\x1b[0m'", FORMS_HINT),
+    (
+        "8000:9000",
+        "8000 is no address in listen spec '8000:9000'",
+        "a range is 8000-9000; a command with a fixed port gets another by --remap 9000",
+    ),
     ("::1", "malformed listen spec '::1'", "an IPv6 address goes in brackets: [::1]"),
     ("[::1", "malformed listen spec '[::1'", BRACKET_HINT),
     ("[]", "malformed listen spec '[]'", BRACKET_HINT),

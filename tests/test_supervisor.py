@@ -16,7 +16,7 @@ import pytest
 from portexec.procfs import descendants
 from tests.support import DEADLINE, PORTEXEC, child, is_gone, kill_group, run, running, status_of, wait_for
 from tests.support.installed import program
-from tests.support.proc import state
+from tests.support.proc import is_polling, state
 from tests.support.processes import tell_again
 from tests.support.terminals import on_a_terminal
 
@@ -126,8 +126,9 @@ def test_ctrl_c_kills_a_plain_command_and_the_shell_can_tell() -> None:
 
 
 def test_a_ctrl_c_that_the_command_has_a_use_for_stops_no_tree() -> None:
-    leave = "setsid sleep 100 >/dev/null 2>&1 </dev/null & echo left $!.; exit 0"
-    script = f"trap '{leave}' INT; echo ready; while :; do sleep 1; done"
+    # In a session of its own before the shell ends: the kernel would end it by HUP when the terminal loses its session.
+    leave = "echo left $(setsid -f sh -c 'echo $$.; exec sleep 100 >/dev/null 2>&1 </dev/null'); exit 0"
+    script = f"leave() {{ {leave}; }}; trap leave INT; echo ready; while :; do sleep 1; done"
     with on_a_terminal(*PORTEXEC, *GUARD, "sh", "-c", script) as (pid, terminal):
         read_until(terminal, "ready")
         os.write(terminal, b"\x03")
@@ -290,3 +291,16 @@ def test_int_that_is_ignored_starts_no_clock(options: tuple[str, ...]) -> None:
             assert "SIGUSR1\n" in [process.stdout.readline(), process.stdout.readline()]
         finally:
             kill_group(process.pid)
+
+
+def test_a_shim_that_is_killed_is_said() -> None:
+    """It takes its command along, which nobody would understand."""
+    with running("-H", "guard", "--", *child("signals")) as started:
+        assert started.process.stdout is not None
+        assert started.process.stdout.readline().startswith("ready")
+        pid = started.process.pid
+        (shim,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        wait_for(lambda: is_polling(shim) and state(shim) == "S")  # it has told that the command runs
+        os.kill(shim, signal.SIGKILL)
+        started.line("^portexec: note: the process that looked after the command was killed, so the command is ended$")
+        assert started.process.wait(DEADLINE) == -signal.SIGKILL

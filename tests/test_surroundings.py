@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ import pytest
 
 from tests import support
 from tests.support.installed import need, program
-from tests.support.processes import refusing
+from tests.support.processes import refusing, running
+from tests.support.thieves import every_attempt
 
 NO_SUBREAPER = ["prctl", errno.EINVAL, 0, 32]  # 36, and what has that bit, too
+NO_FLIP = ["setsockopt", 0, 2, socket.SO_REUSEPORT, "equal"]  # no effect, as on a kernel that does not heed it any more
 NO_PROC = 'mount -t tmpfs none /proc && exec "$@"'
 OTHER_NAMESPACE = ["unshare", "--pid", "--fork"]
 NOTHING = [*OTHER_NAMESPACE, "--mount", "sh", "-c", NO_PROC, "sh"]
@@ -26,6 +29,7 @@ NOTHING = [*OTHER_NAMESPACE, "--mount", "sh", "-c", NO_PROC, "sh"]
 MISSING = {
     "ctypes": "this Python cannot call the C library (hidden)",
     "subreaper": "this system does not give orphans to their grandparent (PR_SET_CHILD_SUBREAPER: Invalid argument)",
+    "gvisor": "this system does not give orphans to their grandparent (PR_SET_CHILD_SUBREAPER: Invalid argument)",
     "other namespace": "/proc shows the processes of another PID namespace",
     "no proc": "/proc does not show processes (No such file or directory)",
 }
@@ -42,6 +46,7 @@ def without(what: str, place: Path) -> Iterator[list[str]]:
     words = {
         "ctypes": ["env", f"PYTHONPATH={place}"],
         "subreaper": refusing(NO_SUBREAPER),
+        "gvisor": refusing(NO_SUBREAPER, NO_FLIP),
         "other namespace": OTHER_NAMESPACE,
         "no proc": NOTHING,
     }[what]
@@ -112,6 +117,50 @@ def test_serve_says_what_is_missing(tmp_path: Path) -> None:
         words = [*prefix, sys.executable, "-c", script]
         done = subprocess.run(words, capture_output=True, text=True, timeout=support.DEADLINE)
     assert done.stdout.splitlines()[0] == f"portexec cannot be the parent of a command here: {MISSING['subreaper']}"
+
+
+# A kernel that fixes what a socket shares when the socket is bound, as gVisor does
+
+WEAKLY = "weakly: a program that sets SO_REUSEADDR can take the number where the command does not listen"
+
+
+@pytest.mark.parametrize("listen", ["0", "*:0", "[::1]:0"])
+def test_a_guard_without_flips_is_weak(listen: str) -> None:
+    words = ["-v", "-l", listen, "-H", "fd", "--", *support.child("light")]
+    with running(*words, prefix=refusing(NO_FLIP)) as started:
+        port = int(started.line(rf"guarding port (\d+) {WEAKLY}$").group(1))
+        assert support.read_line(started.process).startswith("serving ")
+        attempts = every_attempt([], port)
+        assert [attempt for attempt in attempts if attempt["got"] and not attempt["reuse_addr"]] == []
+        host = "::1" if ":" in listen else "127.0.0.1"
+        assert [attempt for attempt in attempts if attempt["got"] and attempt["address"] == host] == []
+
+
+def test_the_reason_is_the_true_one() -> None:
+    """A number that another one has, and what was not found out."""
+    with running("-H", "hold", "--", *support.child("light"), prefix=refusing(NO_FLIP)) as started:
+        port = started.url().rpartition(":")[2]
+        assert support.read_line(started.process).startswith("serving ")
+        done = support.run("-l", port, "--", "true", prefix=refusing(NO_FLIP))
+        assert done.stderr.startswith(f"portexec: error: cannot listen on 127.0.0.1:{port}: Address already in use (")
+
+
+def test_check_says_that_a_guard_is_weak() -> None:
+    done = support.run("--check", "--json", prefix=refusing(NO_FLIP))
+    assert json.loads(done.stdout)["hand_off_fd"] == f"available, {WEAKLY}"
+
+
+# A Python that was built for older systems
+
+
+def test_a_python_without_pidfd_open(tmp_path: Path) -> None:
+    """As uv's own Pythons were for years: the guard works, and is not gated."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nassert os.pidfd_open\ndel os.pidfd_open\n")
+    prefix = ["env", f"PYTHONPATH={tmp_path}"]
+    done = support.run("--check", "--json", prefix=prefix)
+    assert json.loads(done.stdout)["hand_off_guard"] == "available: a bind is made on the command's own socket"
+    done = support.run("-q", "-H", "guard", "--", *support.child("binder"), "in_thread", prefix=prefix)
+    assert done.stdout == '["ok", "ok", true, "ok"]\n'
 
 
 # No-new-privileges

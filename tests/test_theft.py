@@ -318,6 +318,24 @@ def test_thieves_who_name_the_number_all_the_time_never_get_between_flips(option
     assert all(one["tried"] >= ATTEMPTS for one in loot)
 
 
+@every_user
+def test_a_guard_that_gave_way_lets_nobody_in_by_what_they_have_left(identity: list[str]) -> None:
+    """Who binds while a gate is open is in the kernel's cache then; with `[::]` there they could have every address later."""
+    with closing(guards.Guard(0)) as guard:
+        guard.give_way()
+        assert hammer_once(identity, guard.port)
+        guard.give_way_no_more()
+        assert hammer_once(identity, guard.port) == []
+
+
+def hammer_once(identity: list[str], number: int) -> list[Attempt]:
+    """Name the number once with each address and both options; what that got."""
+    with thief(identity, "hammer", number, 1, "ap") as asking:
+        assert read_line(asking) == "ready"
+        got: list[Attempt] = json.loads(read_line(asking))["got"]
+        return got
+
+
 def flip_once(guard: guards.Guard) -> None:
     """What a launch does with its number, for every kind of address; fails if a thief is in the way."""
     ipv6 = [(socket.AF_INET6, "::1"), (socket.AF_INET6, "::")] * has_ipv6()

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import running
-from tests.support.proc import children_of
+from tests.support import DEADLINE, running, wait_for
+from tests.support.proc import children_of, is_polling, name_of, state, words_of
 from tests.support.processes import Running
+
+pytestmark = pytest.mark.once
 
 MODES = {
     "guard": ["-H", "guard"],
@@ -20,18 +22,22 @@ MODES = {
     "fd": ["--ready", "none", "-H", "fd"],
 }
 # Tells every signal, and ends at QUIT. That is the barrier of these tests: it is forwarded after all that came before it, since
-# the other copy of any signal is waited for no longer than that of QUIT.
+# the other copy of any signal is waited for no longer than that of QUIT. It reads a pipe, since a signal just before pause(2)
+# would be kept until the next one comes.
 PROGRAM = """
 import os, signal
 def tell(number, frame):
     os.write(1, signal.Signals(number).name.encode() + b"\\n")
     if number == signal.SIGQUIT:
         os._exit(0)
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+signal.set_wakeup_fd(writer)
 for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR2", "SIGQUIT"):
     signal.signal(getattr(signal, name), tell)
 print("ready", flush=True)
 while True:
-    signal.pause()
+    os.read(reader, 1)
 """
 
 
@@ -58,6 +64,28 @@ def to_the_shim(run: Running, number: int) -> None:
     os.kill(children_of(run.process.pid)[0], number)
 
 
+def to_those_named_portexec(run: Running, number: int) -> None:
+    """As `killall portexec` and `pidof` do: the front alone."""
+    to_those_below(run, number, lambda pid: name_of(pid) == "portexec")
+
+
+def to_those_named_as_the_command(run: Running, number: int) -> None:
+    """As `killall node` does: the command alone."""
+    name = name_of(tree(run.process.pid)[2])
+    to_those_below(run, number, lambda pid: name_of(pid) == name)
+
+
+def to_those_with_the_commands_words(run: Running, number: int) -> None:
+    """As `pkill -f server.js` does: portexec has the words among its own."""
+    to_those_below(run, number, lambda pid: "set_wakeup_fd" in words_of(pid))
+
+
+def to_those_below(run: Running, number: int, is_meant: Callable[[int], bool]) -> None:
+    meant = [pid for pid in tree(run.process.pid) if is_meant(pid)]  # first, as to look takes time
+    for pid in meant:
+        os.kill(pid, number)
+
+
 def tree(pid: int) -> list[int]:
     return [pid, *(each for kid in children_of(pid) for each in tree(kid))]
 
@@ -67,7 +95,8 @@ def told(run: Running) -> str:
     return run.process.stdout.readline().strip()
 
 
-TO_ALL = [to_portexec, to_the_group, to_each, to_each_from_below, to_the_shim]
+BY_NAME = [to_those_named_portexec, to_those_named_as_the_command, to_those_with_the_commands_words]
+TO_ALL = [to_portexec, to_the_group, to_each, to_each_from_below, to_the_shim, *BY_NAME]
 ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 # Only what ends programs is waited for as long as it takes a program to tell one process after the other.
 WAYS = [(number, send) for number in ENDING for send in TO_ALL]
@@ -81,7 +110,73 @@ def test_a_signal_is_told_once(mode: str, number: signal.Signals, send: Callable
         assert told(run).startswith("ready")
         send(run, number)
         # Where portexec stops a command, it says TERM, unless the command was told otherwise by whoever told all of them.
-        says_term = mode != "guard" and number == signal.SIGINT and send in (to_portexec, to_the_shim)
+        to_us_alone = (to_portexec, to_the_shim, to_those_named_portexec)
+        says_term = mode != "guard" and number == signal.SIGINT and send in to_us_alone
         assert told(run) == ("SIGTERM" if says_term else number.name)
         run.process.send_signal(signal.SIGQUIT)
         assert told(run) == "SIGQUIT"
+
+
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)], ids=["TERM INT", "INT TERM"]
+)
+@pytest.mark.parametrize("mode", ["ready", "fd", "restart"])
+def test_term_and_int_together_are_one_request(mode: str, numbers: tuple[signal.Signals, ...]) -> None:
+    """As some say who stop a server. It is killed when it is told again, and not by that."""
+    with running("-q", "-k", "1h", *MODES[mode], "--", sys.executable, "-S", "-c", PROGRAM) as run:
+        assert told(run).startswith("ready")
+        for number in numbers:
+            run.process.send_signal(number)
+        assert told(run) == "SIGTERM"
+        os.kill(tree(run.process.pid)[2], signal.SIGQUIT)
+        assert told(run) == "SIGQUIT"
+        assert run.process.wait(DEADLINE) == 0
+
+
+def test_where_portexec_merely_waits_the_command_gets_both() -> None:
+    with running("-q", *MODES["guard"], "--", sys.executable, "-S", "-c", PROGRAM) as run:
+        assert told(run).startswith("ready")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            run.process.send_signal(number)
+        assert {told(run), told(run)} == {"SIGTERM", "SIGINT"}
+        run.process.send_signal(signal.SIGQUIT)
+        assert told(run) == "SIGQUIT"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_command_of_a_killed_shim_is_told_once(mode: str) -> None:
+    """By the kernel, which portexec knows. The rest is told by portexec."""
+    helper = '(trap "echo helper; exit" TERM; echo ready; while :; do sleep 1000; done) & exec "$@"'
+    words = ["sh", "-c", helper, "sh", sys.executable, "-S", "-c", PROGRAM]
+    with running("-q", "-k", "1h", *MODES[mode], "--", *words) as run:
+        assert [told(run), told(run)] == ["ready", "ready"]
+        _, shim, command, *_ = tree(run.process.pid)
+        wait_for(lambda: is_polling(shim) and state(shim) == "S")  # it has told which process the command is
+        os.kill(shim, signal.SIGKILL)
+        assert {told(run), told(run)} == {"SIGTERM", "helper"}
+        os.kill(command, signal.SIGQUIT)
+        assert told(run) == "SIGQUIT"
+        assert run.process.wait(DEADLINE) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("send", [to_portexec, to_the_group, to_each])
+def test_with_tests_the_server_is_told_once(send: Callable[[Running, int], None]) -> None:
+    """The shim of the tests is in the group, too."""
+    tests = "trap '' USR2; echo tests; exec sleep 1000"
+    with running("-q", "--ready", "none", "--then", tests, "--", sys.executable, "-S", "-c", PROGRAM) as run:
+        assert {told(run), told(run)} == {"ready", "tests"}
+        send(run, signal.SIGUSR2)
+        assert told(run) == "SIGUSR2"
+        run.process.send_signal(signal.SIGQUIT)
+        assert told(run) == "SIGQUIT"
+
+
+def test_names_and_words() -> None:
+    """What ps(1) shows. As much of the command's words as portexec had room for in its own."""
+    with running("-q", "-H", "guard", "--", "sh", "-c", "sleep 1000; :", "x" * 3000) as run:
+        shim = wait_for(lambda: children_of(run.process.pid))[0]
+        command = wait_for(lambda: children_of(shim))[0]
+        wait_for(lambda: name_of(command) == "sh")
+        assert [name_of(run.process.pid), name_of(shim)] == ["portexec", "shim"]
+        assert words_of(shim).split() == ["shim", *words_of(command).split()]
+        assert "portexec -q -H guard -- sh" in words_of(run.process.pid)

@@ -358,6 +358,7 @@ def status_after(hand_off: str, script: str, directory: Path) -> int:
     return subprocess.run([*wrapped(hand_off), "sh", "-c", script], cwd=directory, timeout=DEADLINE).returncode
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("hand_off", HAND_OFFS)
 def test_every_exit_status_comes_through(tmp_path: Path, hand_off: str) -> None:
     # The hand-offs share the statuses out among them, but for those that could mean something else.
@@ -371,6 +372,7 @@ HARMLESS = {"SIGCHLD", "SIGCLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGSTOP", "SI
 DEADLY = [number for number in signal.valid_signals() if getattr(number, "name", "") not in HARMLESS]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("hand_off", HAND_OFFS)
 def test_every_death_by_signal_comes_through(tmp_path: Path, hand_off: str) -> None:
     # A core limit of 1 writes no file, and unlike 0 it keeps a crash collector behind a pipe from being started (core(5)).

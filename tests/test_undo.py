@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from portexec.command.undo import Undo
 from portexec.parent import link as links
@@ -62,6 +66,54 @@ def test_a_file_that_took_its_place_meanwhile_stays(tmp_path: Path) -> None:
     undo.run()
     assert (tmp_path / "export").read_bytes() == b"NEW=1\n"
     assert name.read_bytes() == b"MORE=1\n"
+
+
+class Heir:
+    """Who is told of the list, and keeps a copy."""
+
+    def __init__(self) -> None:
+        self.copy = Undo()
+
+    def record(self, entry: Sequence[str]) -> None:
+        self.copy.entries.append(list(entry))
+
+    def forget(self, entry: Sequence[str]) -> None:
+        self.copy.entries.remove(list(entry))
+
+
+def test_the_heir_knows_what_is_about_to_be_made(tmp_path: Path) -> None:
+    """What was there before it was named the heir, too; and nothing is wrong when the rest is never made."""
+    undo, heir = recorded(tmp_path / "port"), Heir()
+    undo.leave_to(heir)
+    undo.record_temporary(str(tmp_path / "temporary"))
+    undo.record_file(str(tmp_path / "export"), b"")
+    undo.forget(undo.record_file(str(tmp_path / "forgotten"), CONTENT))
+    assert heir.copy.entries == undo.entries
+    (tmp_path / "forgotten").write_bytes(CONTENT)
+    heir.copy.run()
+    assert os.listdir(tmp_path) == ["forgotten"]
+    for name in ("temporary", "export"):
+        (tmp_path / name).write_bytes(b"")
+    undo.run()
+    assert os.listdir(tmp_path) == ["forgotten"]
+
+
+def test_with_no_descriptor_left_the_list_stays(tmp_path: Path) -> None:
+    undo = recorded(tmp_path / "port")
+    undo.record_temporary(str(tmp_path / "temporary"))
+    (tmp_path / "temporary").write_bytes(b"")
+    highest = os.dup(0)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(highest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            undo.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert os.listdir(tmp_path) == ["port"]
+    undo.run()
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_last_words_are_heard_of_who_ends_without_having_read_all() -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 import portexec
-from tests.support import DEADLINE, get, read_line, status_of, wait_for
+from portexec.api.host import current
+from tests.support import DEADLINE, STRANGER, get, read_line, status_of, wait_for
+from tests.support.guard_world import house, python_for
+from tests.support.installed import need
 from tests.support.serving import (
     LIGHT,
     WAIT_FOR_EVER,
@@ -86,7 +89,7 @@ def test_a_portexec_and_its_shim_that_are_killed_at_once(mark: str) -> None:
     """What is left runs on, and has the output open. Nobody waits for that."""
     with portexec.serve(["sh", "-c", "setsid sleep 1000 & exec sleep 1000"], ready="none") as server:
         shim, ours = int(status_of(server.pid)["PPid"]), hook(server)
-        wait_for(lambda: sum("sleep" in line for line in describe(marked(mark))) == 4)  # two of them, the shim and portexec
+        wait_for(lambda: sum("sleep" in line for line in describe(marked(mark))) == 3)  # two of them, and the shim
         for number in (signal.SIGSTOP, signal.SIGKILL):
             os.kill(shim, number)
             os.kill(ours, number)
@@ -115,9 +118,9 @@ def test_a_portexec_that_is_killed_while_the_server_starts(mark: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         entering = pool.submit(portexec.serve([*LIGHT, "silent"]).__enter__)
         wait_for(lambda: any("light.py silent" in line for line in describe(marked(mark))))
-        pids = [pid for pid in marked(mark) if int(status_of(pid)["PPid"]) == os.getpid()]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        host = current()
+        assert host is not None
+        os.kill(host.process.pid, signal.SIGKILL)
         with pytest.raises(portexec.Exited):
             entering.result(DEADLINE)
     wait_for(lambda: not marked(mark))
@@ -156,7 +159,7 @@ def test_a_caller_that_forks_and_is_killed(mark: str) -> None:
     with caller(FORK, *LIGHT) as calling:
         assert read_line(calling) == "ready"
         children = Path(f"/proc/{calling.pid}/task/{calling.pid}/children").read_text().split()
-        forked = {int(pid) for pid in children if "--control-fd" not in describe({int(pid)})[0]}
+        forked = {int(pid) for pid in children if "portexec import host" not in describe({int(pid)})[0]}
         assert len(forked) == 1
         calling.kill()
         wait_for(lambda: marked(mark) == forked)
@@ -273,6 +276,26 @@ def test_an_async_block_whose_event_loop_has_gone(mark: str) -> None:
     wait_for(lambda: not marked(mark))
 
 
+ABANDONED = """
+import asyncio, os, sys, portexec
+os.dup2(1, 2)
+async def serve():
+    async with portexec.serve(sys.argv[1:]):
+        started.set_result(None)
+        await asyncio.sleep(1000)
+loop = asyncio.new_event_loop()
+started = loop.create_future()
+task = loop.create_task(serve())
+loop.run_until_complete(started)
+"""
+
+
+def test_a_task_that_is_left_at_the_end_of_the_interpreter(mark: str) -> None:
+    """Nothing can be imported there any more."""
+    assert "Error" not in run_caller(ABANDONED, *LIGHT)
+    wait_for(lambda: not marked(mark))
+
+
 CLOSED = """
 import os, sys
 keep = os.dup(1)
@@ -289,7 +312,7 @@ def test_a_caller_that_has_closed_its_standard_streams(lowest: int, mark: str) -
     """A daemon has few descriptors, or none, so that ours get low numbers; both hand-offs have to live with that."""
     for command in ([*LIGHT, "fd={a.fd}", "fd={b.fd}"], [*LIGHT, "port={a.port}", "port={b.port}"]):
         assert int(run_caller(CLOSED.format(lowest=lowest), *command))
-        assert describe(marked(mark)) == []
+        wait_for(lambda: not marked(mark))
 
 
 NO_THREAD = """
@@ -306,7 +329,7 @@ except Exception as error:
 def test_where_no_thread_can_be_started(mark: str) -> None:
     """It says so, with nothing left, and does not wait for the news that nobody brings."""
     assert run_caller(NO_THREAD, *LIGHT).strip() in ("PortexecError", "RuntimeError")
-    assert describe(marked(mark)) == []
+    wait_for(lambda: not marked(mark))
 
 
 NO_DESCRIPTORS = """
@@ -333,7 +356,65 @@ def test_where_descriptors_are_short(mark: str) -> None:
     assert len(said) == 7
     assert all(line == "served" or "Too many open files" in line or "limit" in line for line in said)
     assert "Too many open files" in said[0]
-    assert describe(marked(mark)) == []
+    wait_for(lambda: not marked(mark))
+
+
+NO_DESCRIPTORS_IN_ASYNC_CODE = """
+import anyio, os, resource, sys, portexec
+async def main():
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with portexec.serve(sys.argv[1:]) as server:
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, most[1]))
+        pid = server.pid
+        await server.restart()
+        print(server.pid != pid)
+        try:
+            await server.wait(0.01)
+        except portexec.StillRunning:
+            print("runs")
+    print(server.returncode)
+    resource.setrlimit(resource.RLIMIT_NOFILE, most)
+anyio.run(main, backend={backend!r})
+"""
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_where_there_are_no_more_descriptors_in_async_code(backend: str, mark: str) -> None:
+    """No loop can be woken then, and every call waits all the same."""
+    need([backend])
+    assert run_caller(NO_DESCRIPTORS_IN_ASYNC_CODE.format(backend=backend), *LIGHT).split() == ["True", "runs", "-15"]
+    wait_for(lambda: not marked(mark))
+
+
+BECOMES_NOBODY = """
+import os, sys, urllib.request, portexec
+def look(server):
+    answers = urllib.request.urlopen(server.url).read().decode() == f"hello from {{server.pid}}"
+    print(answers, os.stat(f"/proc/{{server.pid}}").st_uid)
+with portexec.serve(sys.argv[1:]) as one:
+    os.setgroups([])
+    os.setresgid({user}, {user}, {user})
+    os.setresuid({user}, {user}, {user})
+    with portexec.serve(sys.argv[1:]) as two:
+        one.restart()
+        two.restart()
+        look(one)
+        look(two)
+print(one.returncode)
+"""
+
+
+@pytest.mark.root
+def test_a_caller_that_drops_its_user(mark: str) -> None:
+    """Its next server has the new user, and the one before is its own all the same."""
+    with house() as home:
+        words = [python_for(STRANGER, home), "-c", BECOMES_NOBODY.format(user=STRANGER)]
+        light = [words[0], "-S", f"{home}/tests/children/light.py"]
+        done = subprocess.run([*words, *light], cwd=home, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.stdout.splitlines(), done.stderr) == (["True 0", f"True {STRANGER}", "-15"], "")
+    wait_for(lambda: not marked(mark))
 
 
 def test_at_the_end_of_the_interpreter(mark: str) -> None:
@@ -348,7 +429,7 @@ def late():
         print(error, flush=True)
 """
     assert run_caller(code, *LIGHT)
-    assert describe(marked(mark)) == []
+    wait_for(lambda: not marked(mark))  # the host ends when the caller has
 
 
 LEFT_OPEN = {

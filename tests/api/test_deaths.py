@@ -7,7 +7,9 @@ import signal
 import sys
 
 import portexec
-from portexec.api import driver
+from portexec.api import output
+from portexec.api.known_servers import Watched
+from portexec.binding.tables import listening_inodes
 from tests.support import DEADLINE, wait_for
 from tests.support.proc import state, words_of
 from tests.support.serving import (
@@ -22,9 +24,9 @@ from tests.support.serving import (
 def test_the_output_is_bounded_and_never_in_the_way() -> None:
     with portexec.serve(LIGHT) as server:
         assert ask(server, "write/1000000") == greeting(server)
-        wait_for(lambda: server.output.endswith("written\n"))
-        assert len(server.output.encode()) == driver.OUTPUT_LIMIT
-        assert server.output == (("x" * 99 + "\n") * 700 + "written\n")[-driver.OUTPUT_LIMIT :]
+        assert server.output.endswith("written\n"), "what was written before the answer is there with it"
+        assert len(server.output.encode()) == output.LIMIT
+        assert server.output == (("x" * 99 + "\n") * 700 + "written\n")[-output.LIMIT :]
     assert server.output.endswith("written\n")
 
 
@@ -65,6 +67,23 @@ def test_a_server_whose_main_thread_has_ended_is_alive() -> None:
         assert server.died() is None
     assert server.returncode == -signal.SIGTERM
     assert server.died() is None
+
+
+DEAF = '"$@" & echo $!; wait; exec sleep 1000'
+
+
+def test_a_look_tells_whether_a_death_may_come() -> None:
+    """Nobody has to wait for a death that does not come."""
+    with portexec.serve(["sh", "-c", DEAF, "sh", *LIGHT], ready="listen") as server:
+        watched = Watched(server._driver, None)
+        assert not watched.seems_to_be_dying()
+        tell(server, "exit/3")
+        wait_for(watched.seems_to_be_dying)
+        wait_for(lambda: not listening_inodes(server.port))
+        assert watched.seems_to_be_dying()
+        assert watched.death() is None  # the shell goes on
+    with portexec.serve(["sleep", "1000"], ready="none") as server:
+        assert not Watched(server._driver, None).seems_to_be_dying()
 
 
 def test_a_server_that_was_stopped_by_somebody_else_has_died() -> None:

@@ -11,12 +11,13 @@ import anyio.to_thread
 import pytest
 
 import portexec
-from tests.support import DEADLINE, descriptors_of, get, wait_for
+from tests.support import DEADLINE, get, wait_for
 from tests.support.network import can_bind
 from tests.support.serving import (
     IN_ASYNC_CODE,
     LIGHT,
     describe,
+    descriptors,
     greeting,
     marked,
     run_caller,
@@ -75,11 +76,12 @@ async def test_a_wait_can_be_cancelled() -> None:
 async def test_waits_that_are_given_up_leave_nothing() -> None:
     """No thread, no descriptor, and not the impression that somebody expects the end."""
     async with portexec.serve(LIGHT) as server:
-        before = (threading.active_count(), descriptors_of().keys())
+        before = (set(threading.enumerate()), descriptors().keys())
         for _ in range(20):
             with anyio.move_on_after(0):
                 await server.wait()
-        assert (threading.active_count(), descriptors_of().keys()) == before
+        assert set(threading.enumerate()) <= before[0]
+        assert descriptors().keys() == before[1]
         tell(server, "exit/7")
         assert server.died(DEADLINE) is not None
 
@@ -127,3 +129,42 @@ def test_the_whole_tree_is_stopped(mark: str) -> None:
         assert get(server.url) == greeting(server)
         assert len(marked(mark)) >= 5
     assert describe(marked(mark)) == []
+
+
+TRAPS = """
+trap 'echo got INT; exit 5' INT
+trap 'echo got TERM; exit 6' TERM
+"$@" &
+while :; do wait; done
+"""
+
+
+@pytest.mark.parametrize("restart", ["no", "always"])
+def test_a_stop_by_another_signal(restart: str, mark: str) -> None:
+    with portexec.serve(["sh", "-c", TRAPS, "sh", *LIGHT], restart=restart) as server:
+        server.stop(signal=signal.SIGINT)
+        assert describe(marked(mark)) == []
+        assert (server.returncode, server.died()) == (5, None)
+        assert "got INT\n" in server.output
+
+
+def test_a_block_that_ends_by_another_signal(mark: str) -> None:
+    with portexec.serve(["sh", "-c", TRAPS, "sh", *LIGHT], stop_signal=signal.SIGINT) as server:
+        pass
+    assert (server.returncode, server.died()) == (5, None)
+    assert describe(marked(mark)) == []
+
+
+@IN_ASYNC_CODE
+async def test_a_stop_with_a_time_limit(mark: str) -> None:
+    async with portexec.serve([*LIGHT, "ignore"], kill_after=10**9) as server:
+        await server.stop(timeout=0.1)
+        assert server.returncode == -signal.SIGKILL
+        assert describe(marked(mark)) == []
+
+
+def test_a_signal_that_is_none() -> None:
+    with pytest.raises(portexec.UsageError, match="stop_signal=0 is no signal"):
+        portexec.serve(LIGHT, stop_signal=0)
+    with portexec.serve(LIGHT) as server, pytest.raises(portexec.UsageError):
+        server.stop(signal=65)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 import portexec
-from tests.support import descriptors_of, get
+from tests.support import get
 from tests.support.serving import (
     IN_ASYNC_CODE,
     LIGHT,
     ON_FD,
     describe,
+    descriptors,
     greeting,
     marked,
 )
@@ -37,7 +38,9 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[portexec.PortexecError], str, str
     "nul": (["a\0b"], {}, portexec.UsageError, "NUL", "leave it out"),
     "hand-off": (LIGHT, {"hand_off": "give"}, portexec.UnknownHandOff, "'give'", "auto, fd, guard, hold"),
     "no hand-off": (LIGHT, {"hand_off": None}, portexec.UsageError, "hand_off: None", QUOTES),
-    "ready": (LIGHT, {"ready": "soon"}, portexec.UnknownReady, "ready 'soon'", "listen, accept, http:PATH"),
+    "lazy": (LIGHT, {"lazy": True}, portexec.UsageError, "lazy needs hand-off fd", "or say hand_off fd"),
+    "unreachable": (LIGHT, {"listen": "unix:x", "host": "web"}, portexec.UsageError, "host", "as with listen '"),
+    "ready": (LIGHT, {"ready": "soon"}, portexec.UnknownReady, "ready 'soon'", "listen, accept, http, http:PATH"),
     "ready with fd": (ON_FD, {"ready": "listen"}, portexec.UsageError, "ready listen", "ready accept"),
     "timeout": (LIGHT, {"ready_timeout": -1}, portexec.UsageError, "ready_timeout=-1", "from 0 to"),
     "timeout text": (LIGHT, {"ready_timeout": "60s"}, portexec.UsageError, "ready_timeout='60s'", "from 0 to"),
@@ -74,7 +77,7 @@ OPTION = re.compile("--(listen|hand-off|env|ready|kill-after) ")  # who writes P
 def test_bad_input(case: str, mark: str) -> None:
     """Told when `serve` is called or when it is entered, and then nothing is left, no descriptor either."""
     command, arguments, kind, message, hint = BAD[case]
-    before = descriptors_of()
+    before = descriptors()
     with pytest.raises(kind) as caught, portexec.serve(command, **arguments):
         pass
     assert type(caught.value) is kind
@@ -85,7 +88,7 @@ def test_bad_input(case: str, mark: str) -> None:
     assert describe(marked(mark)) == []
     del caught
     gc.collect()  # warns of what was not closed, which is an error
-    assert descriptors_of().keys() == before.keys()
+    assert descriptors().keys() == before.keys()
 
 
 def test_nothing_stands_for_the_default() -> None:
@@ -126,10 +129,10 @@ def test_a_server_that_exits_at_once(hand_off: str, end: str, status: int, mark:
 @IN_ASYNC_CODE
 async def test_a_server_that_is_never_ready(mark: str) -> None:
     with pytest.raises(portexec.NotReady) as caught:
-        async with portexec.serve(["sh", "-c", "echo waiting; exec sleep 1000"], ready_timeout=0.5):
+        async with portexec.serve(["sh", "-c", "echo waiting; exec sleep 1000"], ready_timeout=1):
             pass
     assert caught.value.output == "waiting\n"
-    assert "0.5 s" in caught.value.message
+    assert "after 1 s" in caught.value.message
     assert caught.value.hint == "ready_timeout gives it more time, ready says what to wait for"
     assert describe(marked(mark)) == []
 

@@ -8,16 +8,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import portexec
-from tests.support import DEADLINE, get
+from tests.support import DEADLINE, get, wait_for
 from tests.support.serving import (
+    IN_ASYNC_CODE,
     LIGHT,
+    ON_FD,
     PACKAGE_HOME,
     ask,
     greeting,
+    hook,
     marked,
     run_caller,
 )
@@ -91,7 +95,7 @@ def test_a_variable_is_seen_by_nobody_but_the_command(mark: str) -> None:
     """Others may read the words of every process, and the environment of none."""
     with portexec.serve(LIGHT, env={"TOKEN": "kept secret"}) as server:
         assert ask(server, "variable/TOKEN") == "kept secret"
-        processes = marked(mark)
+        processes = {hook(server), *marked(mark)}
         assert len(processes) >= 3  # portexec, the shim, the command
         assert not any(b"kept secret" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes)
 
@@ -162,9 +166,52 @@ def test_a_command_may_have_paths_and_strange_characters(tmp_path: Path) -> None
         assert server.output.startswith("|a b|--|-q|{{x}}|")
 
 
-def test_standard_input_is_empty_and_the_session_is_its_own() -> None:
-    with portexec.serve(
-        ["sh", "-c", "cat; ps -o sid= -p $$ 2>/dev/null || cut -d' ' -f6 /proc/$$/stat"], ready="none"
-    ) as server:
+def test_the_session_is_its_own() -> None:
+    with portexec.serve(["sh", "-c", "ps -o sid= -p $$ 2>/dev/null || cut -d' ' -f6 /proc/$$/stat"], ready="none") as server:
         assert server.wait() == 0
         assert int(server.output) != os.getsid(0)
+
+
+def test_standard_input_is_what_was_given(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with portexec.serve(["sh", "-c", "read line; echo got $line; exec cat"], ready="none", stdin=reader) as server:
+        os.close(reader)
+        os.write(writer, b"one\ntwo\n")
+        wait_for(lambda: server.output == "got one\ntwo\n")
+        os.close(writer)
+        assert server.wait() == 0
+    (tmp_path / "file").write_text("content")
+    with (tmp_path / "file").open() as file, portexec.serve(["cat"], ready="none", stdin=file) as server:
+        assert (server.wait(), server.output) == (0, "content")
+    with (tmp_path / "file").open() as file:
+        serving = portexec.serve(["cat"], ready="none", stdin=file)
+    with pytest.raises(portexec.UsageError, match="stdin is closed"), serving:
+        pass
+    with portexec.serve(["cat"], ready="none", stdin=subprocess.DEVNULL) as server:
+        assert (server.wait(), server.output) == (0, "")
+
+
+@pytest.mark.parametrize("stdin", [b"text", True, 999_999, subprocess.PIPE])
+def test_standard_input_that_is_none(stdin: Any) -> None:
+    with pytest.raises(portexec.UsageError, match="is no open file"):
+        portexec.serve(LIGHT, stdin=stdin)
+
+
+@IN_ASYNC_CODE
+async def test_a_lazy_server_starts_at_the_first_connection(mark: str) -> None:
+    async with portexec.serve(ON_FD, lazy=True) as server:
+        assert (server.pid, server.output, server.returncode) == (0, "", None)
+        answers = []
+        for _ in range(2):
+            answers.append(get(server.url))
+            wait_for(lambda: answers[-1] == greeting(server))  # the caller hears of the start later than the client
+            await server.restart()
+        assert len(set(answers)) == 2
+        await server.restart()
+        await server.restart()
+    assert marked(mark) == set()
+
+
+def test_what_cannot_be_lazy() -> None:
+    with pytest.raises(portexec.UsageError, match="lazy needs hand-off fd"), portexec.serve(LIGHT, lazy=True):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -65,3 +66,12 @@ def test_every_error_is_one_of_ours() -> None:
     kinds = [thing for thing in public if isinstance(thing, type) and issubclass(thing, BaseException)]
     assert len(kinds) >= 10
     assert all(issubclass(kind, portexec.PortexecError) for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("factory", "gives"), [(portexec.ServerFactory, "Server"), (portexec.AsyncServerFactory, "AsyncServer")]
+)
+def test_the_factories_take_what_serve_takes(factory: type, gives: str) -> None:
+    ours, its = (inspect.signature(function) for function in (portexec.serve, factory.__call__))
+    assert list(its.parameters.values())[1:] == list(ours.parameters.values())
+    assert its.return_annotation == gives

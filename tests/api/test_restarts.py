@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import anyio.to_thread
 import pytest
 
 import portexec
-from tests.support import DEADLINE, get, read_line, wait_for
+from tests.support import DEADLINE, get, read_line, status_of, wait_for
 from tests.support.serving import (
     IN_ASYNC_CODE,
     LIGHT,
@@ -82,6 +84,40 @@ def test_a_restart_that_is_never_ready(tmp_path: Path, mark: str) -> None:
             server.restart()
         assert "waiting " in caught.value.output
         assert describe(marked(mark)) == []
+
+
+# Ready at once the first time; the second time when it is told to end; the third time never.
+READY_TOO_LATE = """
+if mkdir first 2>/dev/null; then echo is ready; exec sleep 1000; fi
+if mkdir second 2>/dev/null; then trap 'echo is ready; exit' TERM; echo waits; while :; do sleep 0.01; done; fi
+exec sleep 1000
+"""
+
+
+def test_a_restart_waits_for_the_start_that_it_asked_for(tmp_path: Path) -> None:
+    """An automatic one is under way, and says that it is ready when it is stopped for the restart."""
+    words = ["sh", "-c", READY_TOO_LATE]
+    with portexec.serve(words, cwd=tmp_path, restart="always", ready=re.compile("is ready"), ready_timeout=2) as server:
+        os.kill(server.pid, signal.SIGKILL)
+        wait_for(lambda: "waits" in server.output)
+        with pytest.raises(portexec.NotReady):
+            server.restart()
+
+
+ENDS_AT_THE_SECOND_TERM = 'trap "echo told; trap - TERM" TERM; "$@" & while :; do sleep 1000 & wait; done'
+
+
+@pytest.mark.once
+def test_a_shim_that_is_killed_during_a_restart_is_the_end(mark: str) -> None:
+    """Another start would run beside what is left of this one."""
+    words = ["sh", "-c", ENDS_AT_THE_SECOND_TERM, "sh", *LIGHT]
+    with ThreadPoolExecutor(1) as pool, portexec.serve(words, ready="listen", kill_after=1000) as server:
+        restarting = pool.submit(server.restart)
+        wait_for(lambda: "told" in server.output)
+        os.kill(int(status_of(server.pid)["PPid"]), signal.SIGKILL)
+        with pytest.raises(portexec.NotRunning, match="killed by SIGKILL"):
+            restarting.result(DEADLINE)
+    assert describe(marked(mark)) == []
 
 
 def test_restarts_by_several_threads() -> None:

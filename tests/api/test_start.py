@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import portexec
-from tests.support import DEADLINE, child, descriptors_of, get, wait_for
+from tests.support import DEADLINE, child, get, wait_for
 from tests.support.installed import needs_ipv6
 from tests.support.serving import (
     IN_ASYNC_CODE,
@@ -19,6 +20,7 @@ from tests.support.serving import (
     TOGETHER,
     ask,
     describe,
+    descriptors,
     greeting,
     marked,
 )
@@ -39,6 +41,14 @@ def test_in_plain_code(hand_off: str, mark: str) -> None:
     assert server.returncode == -signal.SIGTERM
     assert server.url == f"http://127.0.0.1:{server.port}"
     assert server.died() is None
+
+
+def test_standard_input_is_open_and_silent() -> None:
+    """Some servers end when theirs does: esbuild, and whatever watches for its parent in that way."""
+    looks = "import select; print('silent' if not select.select([0], [], [], 0)[0] else 'ended', flush=True)"
+    script = f"import os, socket; s = socket.create_server(('127.0.0.1', int(os.environ['PORT']))); {looks}; s.accept()"
+    with portexec.serve([sys.executable, "-c", script]) as server:
+        assert wait_for(lambda: server.output) == "silent\n"
 
 
 @IN_ASYNC_CODE
@@ -62,10 +72,10 @@ async def test_in_async_code(mark: str) -> None:
 
 
 def test_nothing_happens_before_it_is_entered(mark: str) -> None:
-    before = descriptors_of()
+    before = descriptors()
     portexec.serve(LIGHT)
     assert describe(marked(mark)) == []
-    assert descriptors_of() == before
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize("listen", [{"web": "0", "the-admin": "127.0.0.1:0"}, ["web=0", "the-admin=127.0.0.1:0"]])
@@ -126,7 +136,7 @@ def test_a_udp_listener() -> None:
 # Readiness
 
 
-@pytest.mark.parametrize(("hand_off", "ready"), [("fd", "accept"), ("guard", "http:/status/404"), ("hold", "listen")])
+@pytest.mark.parametrize(("hand_off", "ready"), [("fd", "accept"), ("guard", "http:/status/301"), ("hold", "listen")])
 def test_forms_of_readiness(hand_off: str, ready: str) -> None:
     with portexec.serve(LIGHT, hand_off=hand_off, ready=ready) as server:
         assert get(server.url) == greeting(server)

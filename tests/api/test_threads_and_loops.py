@@ -14,13 +14,14 @@ import anyio.to_thread
 import pytest
 
 import portexec
-from tests.support import DEADLINE, descriptors_of, get, read_line, wait_for
+from tests.support import DEADLINE, get, read_line, wait_for
 from tests.support.serving import (
     IN_ASYNC_CODE,
     LIGHT,
     WAIT_FOR_EVER,
     caller,
     describe,
+    descriptors,
     greeting,
     marked,
 )
@@ -44,7 +45,7 @@ def test_ctrl_c_while_it_starts(mark: str, tmp_path: Path) -> None:
         calling.send_signal(signal.SIGINT)
         assert read_line(calling) == "interrupted"
         assert calling.wait(DEADLINE) == 0
-        assert describe(marked(mark)) == []
+        wait_for(lambda: not marked(mark))  # its host ends when it has
 
 
 def test_interrupted_while_the_thread_starts(mark: str) -> None:
@@ -61,7 +62,7 @@ def test_interrupted_while_the_thread_starts(mark: str) -> None:
         patch.setattr(threading.Event, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             serving.__enter__()
-    wait_for(lambda: not any(thread.name == "portexec" for thread in threading.enumerate()))
+    wait_for(lambda: not has_thread())
     assert describe(marked(mark)) == []
 
 
@@ -123,10 +124,14 @@ async def test_inside_an_application_with_threads_and_a_running_loop() -> None:
 
 
 def test_no_thread_is_left() -> None:
-    before = threading.active_count()
+    wait_for(lambda: not has_thread())  # of the server of another test
     with portexec.serve(LIGHT):
-        assert threading.active_count() == before + 1
-    wait_for(lambda: threading.active_count() == before)
+        assert has_thread()
+    wait_for(lambda: not has_thread())
+
+
+def has_thread() -> bool:
+    return any(thread.name == "portexec" for thread in threading.enumerate())
 
 
 # Cancellation
@@ -135,7 +140,7 @@ def test_no_thread_is_left() -> None:
 @IN_ASYNC_CODE
 async def test_cancelled_while_it_starts(mark: str, tmp_path: Path) -> None:
     file = tmp_path / "started"
-    before = descriptors_of().keys()
+    before = descriptors().keys()
     reached = []
     async with anyio.create_task_group() as tasks:
 
@@ -148,7 +153,7 @@ async def test_cancelled_while_it_starts(mark: str, tmp_path: Path) -> None:
         tasks.cancel_scope.cancel()
     assert reached == []
     assert describe(marked(mark)) == []
-    assert descriptors_of().keys() == before
+    assert descriptors().keys() == before
 
 
 @IN_ASYNC_CODE

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import sys
-from urllib.parse import urlsplit
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 url, line = sys.argv[1:]
 if url.startswith("unix:"):
@@ -12,8 +13,9 @@ if url.startswith("unix:"):
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(f"\0{path[1:]}" if path.startswith("@") else path)
 else:
-    host, _, number = urlsplit(url).netloc.rpartition(":")
+    host, _, number = url.split("/")[2].rpartition(":")
     connection = socket.create_connection((host.strip("[]"), int(number)))
-with connection, connection.makefile("rw") as stream:
-    print(line, file=stream, flush=True)
-    print(stream.read(), end="", flush=True)
+with connection:
+    connection.sendall(line.encode() + b"\n")
+    while data := connection.recv(1000):
+        os.write(1, data)

@@ -1,14 +1,17 @@
-"""Binds the number in $PORT in one of many ways and prints what came of it as JSON: `binder.py CASE`."""
+"""Binds the number in $PORT in one of many ways and prints what came of it as JSON: `binder.py CASE [reuse]`.
+
+tests/support/binds.py has what comes of each on any Linux. `reuse`: each TCP socket has SO_REUSEADDR, as most servers set it.
+"""
 
 import ctypes
 import errno
-import json
 import os
 import select
-import socket
 import struct
 import sys
-import threading
+
+import quick_json as json  # type: ignore[import-not-found]
+import quick_socket as socket  # type: ignore[import-not-found]
 
 PORT = int(os.environ.get("PORT", "0"))
 LOCAL = ("127.0.0.1", PORT)
@@ -19,10 +22,12 @@ DUAL = (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
 MPTCP = 262
 libc = ctypes.CDLL(None, use_errno=True)
 
+REUSES = sys.argv[2:] == ["reuse"]
+
 
 def tcp(*options, family=socket.AF_INET, proto=0):
     made = socket.socket(family, socket.SOCK_STREAM, proto)
-    for option in options:
+    for option in (REUSEADDR, *options) if REUSES else options:
         made.setsockopt(*option)
     return made
 
@@ -52,6 +57,8 @@ def plain():
 
 
 def in_thread():
+    import threading
+
     result = []
     thread = threading.Thread(target=lambda: result.extend(plain()))
     thread.start()
@@ -61,6 +68,7 @@ def in_thread():
 
 def after_leader_exit():
     """The main thread ends by itself (SYS_exit), another one binds and reports."""
+    import threading
 
     def work():
         main = threading.main_thread().native_id
@@ -75,6 +83,8 @@ def after_leader_exit():
 
 def unshared_table():
     """A thread with a descriptor table of its own (CLONE_FILES undone)."""
+    import threading
+
     result = []
 
     def work():
@@ -116,10 +126,14 @@ def options_kept():
     names = [option[:2] for option in wanted] + [REUSEADDR[:2], REUSEPORT[:2], (socket.SOL_SOCKET, socket.SO_RCVBUF)]
     made = tcp(*wanted)
     before = [made.getsockopt(*name) for name in names]
-    flags = made.fileno(), os.fstat(made.fileno()).st_uid, made.getblocking(), made.get_inheritable()
+    flags = made.fileno(), os.fstat(made.fileno()).st_uid, made.getblocking(), os.get_inheritable(made.fileno())
     served = serve(made)
     same = before == [made.getsockopt(*name) for name in names]
-    return [*served, same, flags == (made.fileno(), os.fstat(made.fileno()).st_uid, made.getblocking(), made.get_inheritable())]
+    return [
+        *served,
+        same,
+        flags == (made.fileno(), os.fstat(made.fileno()).st_uid, made.getblocking(), os.get_inheritable(made.fileno())),
+    ]
 
 
 def both_families():

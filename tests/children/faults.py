@@ -12,16 +12,17 @@ io_uring                binds $PORT through a ring, which no filter sees
 
 from __future__ import annotations
 
+import _signal as signal
+import _thread
 import ctypes
 import errno
-import json
 import mmap
 import os
-import signal
-import socket
 import struct
 import sys
-import threading
+
+import quick_json as json  # type: ignore[import-not-found]
+import quick_socket as socket  # type: ignore[import-not-found]
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -58,13 +59,16 @@ def end(*_):
 
 
 def serve(host, *ports):
+    reader, writer = os.pipe()  # a signal just before pause(2) would be kept until the next one comes
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, end)
     for port in ports:
         made = listen_on(host, port)
-        threading.Thread(target=answer_for_ever, args=(made,), daemon=True).start()
+        _thread.start_new_thread(answer_for_ever, (made,))
         print("serving", made.getsockname()[1], os.getpid(), flush=True)
     while True:
-        signal.pause()
+        os.read(reader, 1)
 
 
 def wait():
@@ -147,7 +151,7 @@ def headless():
             print("ready", main, flush=True)
             signal.pause()
 
-        threading.Thread(target=work).start()
+        _thread.start_new_thread(work, ())
         libc.syscall(ctypes.c_long({"x86_64": 60, "aarch64": 93, "riscv64": 93}[os.uname().machine]), ctypes.c_long(0))
     signal.pause()
 

@@ -2,6 +2,8 @@
 
 others      opens many sockets that are not for the number, unix and TCP; `done` when it has
 serve       binds the number and listens, prints `serving` or the error, and answers for ever
+again       binds the number, listens and closes, many times; `done`, or the error
+together    binds many sockets of it before they listen; `done`, or the error
 hidden      is not dumpable from now on; `done`
 thread      serves in a thread whose process has lost its first one
 own_table   serves in a thread with a table of descriptors of its own
@@ -12,13 +14,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import socket
 import sys
 import threading
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 CLONE_FILES = 0x400
 PR_SET_DUMPABLE = 4
 MANY = 300
+MANY_TIMES = 40  # more than portexec keeps of sockets that are gone
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -50,6 +54,35 @@ def others():
             made.listen()
             made.close()
     say("done")
+
+
+def again():
+    report(lambda: [listening(bound(1)).close() for _ in range(MANY_TIMES)])
+
+
+def together():
+    report(lambda: [listening(made) for made in [bound(n) for n in range(1, MANY_TIMES)]])
+
+
+def report(act):
+    try:
+        act()
+    except OSError as error:
+        say(errno.errorcode[error.errno or 0])
+    else:
+        say("done")
+
+
+def bound(n):
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind((f"127.0.0.{n}", int(os.environ["PORT"])))
+    return made
+
+
+def listening(made):
+    made.listen()
+    return made
 
 
 def hidden():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import sys
 from contextlib import suppress
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 
 def listen() -> socket.socket:

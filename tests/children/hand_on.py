@@ -6,8 +6,9 @@ NAME=VALUE... -- COMMAND [ARG]..., where the values PID and PIDFDID stand for th
 from __future__ import annotations
 
 import os
-import socket
 import sys
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 separator = sys.argv.index("--")
 itself = {"PID": str(os.getpid()), "PIDFDID": str(os.fstat(os.pidfd_open(os.getpid())).st_ino)}

@@ -9,8 +9,9 @@ error ends it as it ends them. Every connection is answered with the process id.
 from __future__ import annotations
 
 import os
-import socket
 import sys
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 
 def open_listener(host: str) -> socket.socket:

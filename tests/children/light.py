@@ -10,8 +10,10 @@
     /kill/N         nothing: it ends by this signal
 
 fd=N port=N         serves on this descriptor, on this number; each as often as you like. Else as LISTEN_FDS says, else on $PORT
+host=ADDRESS        binds these numbers there; default 127.0.0.1
 ignore              ignores TERM
 silent              serves nobody, ever
+log                 writes a line for each GET to standard error
 if=FILE:WORD        WORD, or `exit=N`, if there is such a file
 
 It prints `serving PID` when it is about to serve, `waiting PID` where it never will. A datagram is answered as `/` is.
@@ -19,11 +21,12 @@ It prints `serving PID` when it is about to serve, `waiting PID` where it never 
 
 from __future__ import annotations
 
+import _signal as signal
 import os
 import select
-import signal
-import socket
 import sys
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 
 def words() -> list[str]:
@@ -59,7 +62,7 @@ def open_sockets() -> list[socket.socket]:
 def bind(number: int) -> socket.socket:
     made = socket.socket()
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    made.bind(("127.0.0.1", number))
+    made.bind(((values("host") or ["127.0.0.1"])[0], number))
     made.listen(128)
     return made
 
@@ -96,7 +99,10 @@ def serve(connection: socket.socket) -> None:
         if not data:
             return  # a probe
         request += data
-    status, text = answer(request.split()[1].decode())
+    path = request.split()[1].decode()
+    if "log" in words():
+        say(f"GET {path}", 2)
+    status, text = answer(path)
     head = f"HTTP/1.1 {status} -\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n"
     connection.sendall(head.encode() + text.encode())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import sys
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Constant load on a web server: `load.py HOST PORT RATE`, RATE in requests per second, until stdin ends.
+"""Constant load on a web server: `load.py HOST PORT RATE [keep]`, RATE in requests per second, until stdin ends.
 
-Every request has a connection of its own, sends at once what it wants, and reads the whole answer. One that is not answered
+Every request has a connection of its own, with `keep` one that it shares with those before it, as long as the server leaves it
+open. It sends at once what it wants, and reads the whole answer. One that is not answered
 in full is a failure and is not made again. Prints `ready`, a line `answered by PID` for every process that answers for the
 first time ("hello from PID"), and in the end a JSON line with what became of the requests.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import collections
 import errno
 import json
+import select
 import socket
 import sys
 import threading
@@ -18,13 +20,15 @@ import time
 CONNECTIONS = 8  # at the most at a time; each of them is one thread's
 PATIENCE = 20.0  # seconds without an answer after which a request has failed
 REQUEST = b"GET / HTTP/1.1\r\nHost: load\r\nConnection: close\r\n\r\n"
+KEEPING = b"GET / HTTP/1.1\r\nHost: load\r\n\r\n"
 GREETING = b"hello from "
 
 
 class Load:
     """The requests that were made, counted by what became of them."""
 
-    def __init__(self, address: tuple[str, int], rate: float) -> None:
+    def __init__(self, address: tuple[str, int], rate: float, keeps: bool) -> None:
+        self.kept = threading.local() if keeps else None
         self.address = address
         self.interval = CONNECTIONS / rate
         self.is_over = threading.Event()
@@ -45,6 +49,8 @@ class Load:
 
     def request(self) -> tuple[str, int]:
         """Make one request. Returns what went wrong, which may be nothing, and the process that answered, which may be 0."""
+        if self.kept is not None:
+            return self.request_again(self.kept)
         answer = b""
         try:
             with socket.create_connection(self.address, timeout=PATIENCE) as connection:
@@ -54,6 +60,24 @@ class Load:
         except OSError as error:
             return describe(error, answer), 0
         return judge(answer)
+
+    def request_again(self, kept: threading.local) -> tuple[str, int]:
+        """The same on the connection that this thread has kept."""
+        answer = b""
+        try:
+            connection = getattr(kept, "connection", None)
+            if connection is None or select.select([connection], [], [], 0)[0]:  # closed while it was idle, as clients notice
+                connection = kept.connection = socket.create_connection(self.address, timeout=PATIENCE)
+            connection.sendall(KEEPING)
+            while not is_whole(answer) and (received := connection.recv(1 << 16)):
+                answer += received
+            failure, pid = judge(answer)
+        except OSError as error:
+            failure, pid = describe(error, answer), 0
+        if failure or b"\nconnection: close" in answer.lower():
+            kept.connection.close()
+            kept.connection = None
+        return failure, pid
 
     def count(self, failure: str, pid: int, seconds: float) -> None:
         with self.lock:
@@ -87,6 +111,12 @@ def describe(error: OSError, answer: bytes) -> str:
     return f"{name} within the answer" if answer else name
 
 
+def is_whole(answer: bytes) -> bool:
+    head, end, body = answer.partition(b"\r\n\r\n")
+    _, _, length = head.lower().partition(b"content-length:")
+    return bool(end) and len(body) >= int(length.partition(b"\r")[0] or 0)
+
+
 def judge(answer: bytes) -> tuple[str, int]:
     """What is wrong with an answer that ended in an orderly way, if anything, and who gave it."""
     if not answer:
@@ -104,7 +134,7 @@ def judge(answer: bytes) -> tuple[str, int]:
 
 
 def main() -> None:
-    load = Load((sys.argv[1], int(sys.argv[2])), float(sys.argv[3]))
+    load = Load((sys.argv[1], int(sys.argv[2])), float(sys.argv[3]), keeps=sys.argv[4:] == ["keep"])
     begin = time.monotonic()
     threads = [
         threading.Thread(target=load.run, args=(begin + number * load.interval / CONNECTIONS,)) for number in range(CONNECTIONS)

@@ -1,12 +1,12 @@
-"""portexec, to which something happens at one moment: `moment.py PROCESS NUMBER WHAT WORD...`.
+"""portexec, to which something happens at some moments: `moment.py PROCESS:NUMBER:WHAT,... WORD...`.
 
 A moment is just before a call, by a line of portexec's own, that may enter the kernel: they are counted in each process from
 its beginning. Python's profiler tells of them, so it needs no right to trace, and nothing is replaced.
 
 PROCESS  `.` is the front, `1` what it forks first, `2` what it forks second, `1.1` what `1` forks first
-NUMBER   which moment of that process; 0 for none
+NUMBER   which moment of that process; or `FUNCTION/N`: the first in this function when it has forked N times
 WHAT     what happens to the process
-    TERM, KILL, ...  a signal
+    TERM, KILL, ...  a signal; STOP: somebody has to send CONT
     full             it can open no more descriptors, unless it closes some
     memory           MemoryError, as if there had been no memory for this call
 
@@ -24,7 +24,8 @@ import sys
 
 from portexec import cli
 
-PROCESS, NUMBER, WHAT, *WORDS = sys.argv[1:]
+EVENTS, *WORDS = sys.argv[1:]
+HAPPENS = {(process, number): what for process, number, what in (event.split(":") for event in EVENTS.split(",") if event)}
 LOG = os.environ.pop("MOMENTS", "")
 PACKAGE = os.path.dirname(cli.__file__)
 KERNEL = os.path.join(PACKAGE, "kernel.py")
@@ -54,8 +55,9 @@ def look(frame, event, called):
     Process.count += 1
     if LOG:
         write_down(frame, called)
-    if Process.name == PROCESS and Process.count == int(NUMBER):
-        happen()
+    for number in (str(Process.count), f"{frame.f_code.co_name}/{Process.forks}"):
+        if what := HAPPENS.pop((Process.name, number), ""):
+            happen(what)
 
 
 def write_down(frame, called):
@@ -80,13 +82,13 @@ def fill():
         pass
 
 
-def happen():
-    if WHAT == "memory":
+def happen(what):
+    if what == "memory":
         raise MemoryError
-    if WHAT == "full":
+    if what == "full":
         fill()
     else:
-        os.kill(os.getpid(), getattr(_signal, f"SIG{WHAT}"))
+        os.kill(os.getpid(), getattr(_signal, f"SIG{what}"))
 
 
 def count_fork():

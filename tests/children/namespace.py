@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import fcntl
-import socket
 import struct
 import sys
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, IFF_UP = 0x8913, 0x8914, 0x8916, 1
 

@@ -13,7 +13,8 @@ comes of a line is behind its word. KEY names a socket: the variable with its nu
     reset KEY           take one, and end it by a reset
     keep KEY            take one, and leave it open without a word
     reply KEY HEX       take one, read what it asks, print `asked` and its first line, answer with these bytes, close it
-    notify TEXT         send TEXT, `\\n` for a new line, to $NOTIFY_SOCKET, if need be as another user: `notify-as UID TEXT`
+    notify TEXT         send TEXT, `\\n` for a new line, to $NOTIFY_SOCKET, if need be as another user: `notify-as UID TEXT`,
+                        which is over when it was taken: that user's process sends a barrier, sd_notify_barrier(3)
     exit STATUS
 
 It prints `turn` for each SIGUSR1, whatever it is at: a thread waits for it, since a handler written in Python can come too late
@@ -23,14 +24,15 @@ named 1 for the first start, 2 for the second, and reads that instead of standar
 
 from __future__ import annotations
 
+import _signal as signal
+import _thread
 import os
-import signal
-import socket
 import struct
 import sys
-import threading
 import time
-from collections.abc import Callable
+from _collections_abc import Callable
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 TCP_INFO_UNACKED = 24  # of a listener, the connections that wait, linux/tcp.h
 
@@ -102,10 +104,17 @@ def reply(key: str, hexadecimal: str = "") -> None:
         connection.sendall(bytes.fromhex(hexadecimal))
 
 
-def notify(text: str) -> None:
+def notify(text: str, *, with_barrier: bool = False) -> None:
     name = os.environ["NOTIFY_SOCKET"]
+    address = f"\0{name[1:]}" if name.startswith("@") else name
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.sendto(text.replace("\\n", "\n").encode(), f"\0{name[1:]}" if name.startswith("@") else name)
+        sender.sendto(text.replace("\\n", "\n").encode(), address)
+        if with_barrier:
+            reader, writer = os.pipe()
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", writer))
+            sender.sendmsg([b"BARRIER=1"], [rights], 0, address)
+            os.close(writer)
+            os.read(reader, 1)
 
 
 def notify_as(uid: str, text: str) -> None:
@@ -116,14 +125,11 @@ def notify_as(uid: str, text: str) -> None:
         try:
             os.setgroups([])
             os.setuid(int(uid))
-            notify(text)
+            notify(text, with_barrier=True)
             status = 0
-        except PermissionError:
-            status = 2
         finally:
             os._exit(status)
-    said = {0: "sent", 2: "refused"}
-    say(said.get(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "failed"))
+    say("sent" if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 else "failed")
 
 
 KNOWN: dict[str, Callable[..., None]] = {
@@ -175,7 +181,7 @@ def answer_signals() -> None:
 
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    threading.Thread(target=answer_signals, daemon=True).start()
+    _thread.start_new_thread(answer_signals, ())
     lines_from = source()
     say("up", os.getpid())
     for line in sys.argv[1:]:

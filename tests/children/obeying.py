@@ -2,7 +2,7 @@
 
 It takes the descriptors that LISTEN_FDS or fd= announces, and else binds $PORT itself. Lines:
 
-    stdin       what descriptor 0 is, and what can be read from it
+    stdin       what descriptor 0 is, and what can be read from it; `silent pipe` for one where there is nothing yet
     variable N  the value of the variable N, `unset` without one
     exit N      ends with this status; nothing is answered
     kill N      ends by this signal; nothing is answered
@@ -18,14 +18,14 @@ It prints `serving PID` right before it accepts for the first time, or listens i
 
 from __future__ import annotations
 
+import _signal as signal
 import os
 import select
-import signal
-import socket
 import sys
-from types import FrameType
-from typing import Any
 
+import quick_socket as socket  # type: ignore[import-not-found]
+
+NAMES: dict[int, str] = {}  # of the signals that it does something at
 OPTIONS = [(name, value) for name, _, value in (word.partition("=") for word in sys.argv[1:])]
 
 
@@ -39,20 +39,21 @@ def say(*words: object) -> None:
         os.write(1, " ".join(map(str, words)).encode() + b"\n")
 
 
-def stay(number: int, frame: FrameType | None) -> None:
-    say(signal.Signals(number).name)
+def stay(number: int, frame: object) -> None:
+    say(NAMES[number])
 
 
-def end(number: int, frame: FrameType | None) -> None:
+def end(number: int, frame: object) -> None:
     stay(number, frame)
     os._exit(0)
 
 
 def set_signals() -> None:
-    ways: dict[str, Any] = {"ignore": signal.SIG_IGN, "stay": stay, "end": end}
+    ways = {"ignore": signal.SIG_IGN, "stay": stay, "end": end}
     for name, value in OPTIONS:
         if name == "on":
             number, _, way = value.partition(":")
+            NAMES[getattr(signal, number)] = number
             signal.signal(getattr(signal, number), ways[way])
 
 
@@ -90,9 +91,22 @@ def notify() -> None:
 
 def describe_stdin() -> str:
     try:
-        return f"{os.readlink('/proc/self/fd/0')} {os.read(0, 1000)!r}"
+        kind = os.readlink("/proc/self/fd/0")
+        if kind.startswith("pipe:") and not select.select([0], [], [], 0)[0]:
+            return "silent pipe"
+        return f"{kind} {os.read(0, 1000)!r}"
     except OSError as error:
         return str(error)
+
+
+def read_line(connection: socket.socket) -> str:
+    line = b""
+    while not line.endswith(b"\n"):
+        data = connection.recv(1000)
+        if not data:
+            break
+        line += data
+    return line.decode()
 
 
 def obey(word: str, argument: str) -> str:
@@ -117,10 +131,10 @@ def main() -> None:
     while True:
         for ready in select.select(listeners, [], [])[0]:
             connection = ready.accept()[0]
-            with connection, connection.makefile("rw") as stream:
-                line = stream.readline()
+            with connection:
+                line = read_line(connection)
                 if line:  # a probe says nothing
-                    stream.write(obey(*line.rstrip("\n").partition(" ")[::2]) + "\n")
+                    connection.sendall(obey(*line.rstrip("\n").partition(" ")[::2]).encode() + b"\n")
 
 
 main()

@@ -6,11 +6,11 @@ and listens where it is bound. It prints a JSON list of what it got, and how oft
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import sys
 
+import quick_json as json  # type: ignore[import-not-found]
+import quick_socket as socket  # type: ignore[import-not-found]
 from thief import ADDRESSES, become  # type: ignore[import-not-found]
 
 MPTCP = 262

@@ -2,28 +2,32 @@
 
     puppet.py --own-network --as 1000 --inherited 4 20000,20001,...
 
-A line is a JSON list: a word of `Worker` and its arguments. `begin N` starts a process for the N-th number, which has all the
-sockets of one sequence, and `end` ends it. `restart` does both, as a reloader would, for the same number. `exit STATUS` is the
-end of all. `--own-network`: in a network namespace, with nobody else. `--as UID`: become that user first. `--inherited FD`: for
-the N-th number a listener comes as descriptor FD + N.
+First it says its pid and the numbers. Then a line is a JSON list: a word of `Worker` and its arguments. `begin N` starts a
+process for the N-th number, which has all the sockets of one sequence, and `end` ends it. `restart` does both, as a reloader
+would, for the same number. `exit STATUS` is the end of all, and so is `fail`, said while a sequence is under way.
+`--own-network`: in a network namespace, with nobody else. `--as UID`: become that user first. `--inherited FD`: for the N-th
+number a listener comes as descriptor FD + N.
 """
 
 from __future__ import annotations
 
+import _signal as signal
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import select
-import socket
 import struct
 import sys
+
+import quick_json as json  # type: ignore[import-not-found]
+import quick_socket as socket  # type: ignore[import-not-found]
 
 MPTCP = 262
 CLONE_NEWNET = 0x40000000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 RESTART = 77  # the exit status of a worker that another one is to follow
+FAIL = 78  # that of one which may not kill its parent
 PATIENCE = 5.0
 FAMILIES = {"4": socket.AF_INET, "6": socket.AF_INET6, "46": socket.AF_INET6}
 
@@ -108,6 +112,11 @@ class Worker:
             self.connections[name] = [client, ready[0].accept()[0] if ready else None]
         return done
 
+    def take(self, name, listener):
+        """Accept the connection of somebody else that waits at this socket."""
+        self.connections[name] = [None, self.sockets[listener].accept()[0]]
+        return "ok"
+
     def part(self, name, side):
         """Close one end of a connection, the client's 0 or the server's 1."""
         end, self.connections[name][side] = self.connections[name][side], None
@@ -165,11 +174,23 @@ def work(port, inherited):
         if word in ("end", "restart"):
             worker.leave()
             os._exit(RESTART if word == "restart" else 0)
+        if word == "fail":
+            fail()
         try:
             done = getattr(worker, word)(*arguments)
         except Exception as error:
             done = repr(error)
         say(done)
+
+
+def fail():
+    """End the first process, and leave it to whoever looks after us to end this one, which has the sockets."""
+    try:
+        os.kill(os.getppid(), signal.SIGKILL)
+    except PermissionError:
+        os._exit(FAIL)
+    while True:
+        signal.pause()
 
 
 def enter_own_network():
@@ -193,7 +214,7 @@ def main():
         else:
             inherited = int(words.pop(0))
     ports = [int(port) for port in words[0].split(",")]
-    say(ports)
+    say([os.getpid(), ports])
     while True:
         word, number = read_line()
         if word == "exit":
@@ -204,6 +225,8 @@ def main():
             if pid == 0:
                 work(ports[number], None if inherited is None else inherited + number)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status == FAIL:
+            os._exit(1)
         say("ok")
 
 

@@ -2,25 +2,28 @@
 
     refuse.py RULES COMMAND...    RULES is JSON: [[call, errno, argument, mask], ...]
 
-A call fails with the errno if the argument (-1: no matter) has one of the mask's bits. The filter goes in by prctl(2), so
-that seccomp(2) itself can be refused.
+A call fails with the errno if the argument (-1: no matter) has one of the mask's bits. With errno 0 it has no effect, and says
+nothing. A fifth word `equal`: if the argument is the mask. The filter goes in by prctl(2), so that seccomp(2) itself can be
+refused.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import sys
 
+import quick_json as json  # type: ignore[import-not-found]
+
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
 LOAD, EQUAL, HAS_BITS, RETURN = 0x20, 0x15, 0x45, 0x06
+TESTS = {"bits": HAS_BITS, "equal": EQUAL}
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 ARGUMENTS = 16 if sys.byteorder == "little" else 20
 X86_64 = {"bind": 49, "clone": 56, "listen": 50, "pidfd_getfd": 438, "pidfd_open": 434, "prctl": 157}
-X86_64 |= {"seccomp": 317, "socket": 41}
+X86_64 |= {"seccomp": 317, "setsockopt": 54, "socket": 41}
 GENERIC = {"bind": 200, "clone": 220, "listen": 201, "pidfd_getfd": 438, "pidfd_open": 434, "prctl": 167}
-GENERIC |= {"seccomp": 277, "socket": 198}
+GENERIC |= {"seccomp": 277, "setsockopt": 208, "socket": 198}
 NUMBERS = {"x86_64": X86_64, "aarch64": GENERIC, "riscv64": GENERIC}
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -34,7 +37,7 @@ class Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction)))
 
 
-def rule(call: str, error: int, argument: int = -1, mask: int = 0) -> list[tuple[int, int, int, int]]:
+def rule(call: str, error: int, argument: int = -1, mask: int = 0, test: str = "bits") -> list[tuple[int, int, int, int]]:
     refusal = (RETURN, 0, 0, ERRNO | error)
     number = NUMBERS[os.uname().machine][call]
     if argument < 0:
@@ -43,7 +46,7 @@ def rule(call: str, error: int, argument: int = -1, mask: int = 0) -> list[tuple
         (LOAD, 0, 0, 0),
         (EQUAL, 0, 3, number),
         (LOAD, 0, 0, ARGUMENTS + 8 * argument),
-        (HAS_BITS, 0, 1, mask),
+        (TESTS[test], 0, 1, mask),
         refusal,
     ]
 

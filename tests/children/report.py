@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import socket
 import stat
 import sys
-from typing import Any
+
+import quick_json as json  # type: ignore[import-not-found]
+import quick_socket as socket  # type: ignore[import-not-found]
+
+FAMILIES = {socket.AF_INET: "AF_INET", socket.AF_INET6: "AF_INET6", socket.AF_UNIX: "AF_UNIX", socket.AF_NETLINK: "AF_NETLINK"}
 
 
-def describe(fd: int) -> dict[str, Any]:
-    described: dict[str, Any] = {"link": os.readlink(f"/proc/self/fd/{fd}")}
+def describe(fd: int) -> dict[str, object]:
+    described: dict[str, object] = {"link": os.readlink(f"/proc/self/fd/{fd}")}
     if stat.S_ISREG(os.fstat(fd).st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
         described["rest"] = os.pread(fd, 100, os.lseek(fd, 0, os.SEEK_CUR)).decode()
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return described
     sock = socket.socket(fileno=fd)
-    described["family"] = sock.family.name
+    described["family"] = FAMILIES[sock.family]
     described["name"] = sock.getsockname()
     if isinstance(described["name"], bytes):
         described["name"] = os.fsdecode(described["name"])
@@ -64,7 +66,7 @@ def main() -> None:
         with open(sys.argv[1], "w") as file:
             file.write(text)
     else:
-        print(text)
+        sys.stdout.write(text + "\n")  # at once, also where Python is unbuffered: others write to the same pipe
 
 
 main()

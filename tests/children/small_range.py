@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import struct
 import sys
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 

@@ -5,16 +5,16 @@ It puts back what Python itself changed, so that the command begins as any shell
 
 from __future__ import annotations
 
+import _signal as signal
 import ctypes
 import fcntl
-import json
 import os
 import resource
-import signal
 import sys
 import termios
-from collections.abc import Callable
-from typing import Any
+from _collections_abc import Callable
+
+import quick_json as json  # type: ignore[import-not-found]
 
 PR_CAPBSET_DROP = 24
 PR_SET_TIMERSLACK = 29
@@ -37,7 +37,7 @@ class Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction)))
 
 
-def prctl(*arguments: Any) -> None:
+def prctl(*arguments: object) -> None:
     words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
     if libc.prctl(*words, *[ctypes.c_ulong(0)] * (5 - len(words))) != 0:
         raise OSError(ctypes.get_errno(), f"prctl {arguments[0]}")
@@ -82,7 +82,7 @@ def leave_pending(names: list[str]) -> None:
         os.kill(os.getpid(), getattr(signal, name))
 
 
-def open_at(files: dict[str, list[Any]]) -> None:
+def open_at(files: dict[str, tuple[str, int, int]]) -> None:
     """Open path with flags and offset at a number that the command inherits."""
     for number, (path, flags, offset) in files.items():
         fd = os.open(path, flags)
@@ -109,7 +109,7 @@ def adjust_oom(score: int) -> None:
         file.write(str(score))
 
 
-STEPS: dict[str, Callable[[Any], object]] = {
+STEPS: dict[str, Callable[..., object]] = {
     "umask": os.umask,
     "directory": os.chdir,
     "removed_directory": enter_and_remove,

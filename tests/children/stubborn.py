@@ -11,11 +11,12 @@ With a number as word it ends with that status as soon as all run.
 
 from __future__ import annotations
 
+import _signal as signal
 import os
-import signal
-import socket
 import sys
-from collections.abc import Callable
+from _collections_abc import Callable
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 TEMPER, ROLE, *WORDS = sys.argv[1:]
 

@@ -7,9 +7,10 @@ that begins with @ is an abstract name.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import sys
+
+import quick_json as json  # type: ignore[import-not-found]
 
 INT = ctypes.c_int
 libsystemd = ctypes.CDLL("libsystemd.so.0")

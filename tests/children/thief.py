@@ -1,6 +1,6 @@
 """Tries to take one TCP number from whoever holds it, by every way a process has, and prints as JSON what came of it.
 
-    thief.py all NUMBER OPTIONS             every way with these OPTIONS; prints a list of attempts
+    thief.py all NUMBER OPTIONS...          every way with these OPTIONS, and then with the next; prints a list of attempts
     thief.py udp NUMBER                     the same number for UDP, which is no theft
     thief.py keep NUMBER ADDRESS OPTIONS    takes it, prints the attempt, and keeps it until stdin ends
     thief.py hammer NUMBER COUNT OPTIONS    prints `ready`, names the number COUNT times with all addresses and with the
@@ -18,17 +18,20 @@ Python of a virtual environment.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import random
 import select
-import socket
 import struct
 import sys
-from collections.abc import Iterator
-from typing import Any
+from _collections_abc import Callable, Iterator
 
-Attempt = dict[str, Any]
+import quick_json as json  # type: ignore[import-not-found]
+import quick_socket as socket  # type: ignore[import-not-found]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+Attempt = dict[str, object]
 
 ADDRESSES = {
     "127.0.0.1": (socket.AF_INET, "127.0.0.1", None),
@@ -54,7 +57,7 @@ def main() -> None:
         words = words[2:]
     way, *words = words
     if way == "all":
-        say(list(every_way(int(words[0]), words[1].split(","))))
+        say([found for allowed in words[1:] for found in every_way(int(words[0]), allowed.split(","))])
     elif way == "udp":
         say(bind_udp(int(words[0])))
     elif way == "keep":
@@ -190,10 +193,15 @@ def spin(count: int) -> None:
             if not line:
                 return
             say([found for number in json.loads(line) for found in name_it(number, OPTIONS)])
-        address, options = random.choice([*ADDRESSES]), random.choice(OPTIONS)
+        address, options = choose([*ADDRESSES]), choose(OPTIONS)
         with new_socket(address, options) as taker:
-            bind_and_listen(taker, address, random.choice((0, random.randint(lowest, highest))))
+            bind_and_listen(taker, address, choose((0, choose(range(lowest, highest + 1)))))
     raise RuntimeError(f"nobody ended stdin in {count} turns")
+
+
+def choose(things: Any) -> Any:
+    """One of them at random; without `random`, which takes long to import, and which another user may not be able to read."""
+    return things[int.from_bytes(os.urandom(4), "big") % len(things)]
 
 
 def server(host: str) -> socket.socket:
@@ -218,21 +226,22 @@ def bind_and_listen(taker: socket.socket, address: str, number: int) -> str:
 
 
 def narrow(taker: socket.socket, number: int) -> bool:
-    """Leave the kernel only this number to choose from; false where it knows no such option."""
+    """Leave the kernel only this number to choose from; false where it knows no such option, be it that it does not say so."""
+    wanted = struct.pack("I", number << 16 | number)
     try:
-        taker.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, struct.pack("I", number << 16 | number))
+        taker.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, wanted)
+        return bool(taker.getsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, len(wanted)) == wanted)
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
         return False
-    return True
 
 
 def number_of(taker: socket.socket) -> int:
     return int(taker.getsockname()[1])
 
 
-def error_of(call: Any, argument: object) -> str:
+def error_of(call: Callable[..., object], argument: object) -> str:
     try:
         call(argument)
     except OSError as error:

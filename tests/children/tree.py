@@ -5,10 +5,11 @@ ignore   stays, with a grandchild in another session; both ignore TERM
 plain    stays, with a child and an orphaned grandchild
 """
 
+import _signal as signal
 import os
-import signal
-import socket
 import sys
+
+import quick_socket as socket  # type: ignore[import-not-found]
 
 
 def fork(work):

@@ -9,6 +9,7 @@
     installed   what is on this machine, and what a test needs
     obedience   tests/children/obedient.py, a server that does what the test says
     guard_world a command below portexec and bare, step by step, and probers after each step
+    names       servers with a name, and their registry
     serving     servers of `portexec.serve`, and programs that call it
 
 The names that nearly every module uses can be imported from the package itself.

@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from portexec.binding.guard import overlap
+from tests.support.proc import is_gone, is_polling, status_of
+from tests.support.waiting import DEADLINE, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STRANGER = 65534
@@ -37,17 +43,23 @@ FD_LISTENERS = ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0", "*:0"]
 KINDS = len(FD_LISTENERS)
 
 
+# How a process follows another one: the command starts it itself; portexec is asked to restart the command; the command fails
+# and portexec restarts it; HUP has portexec replace it.
+RELOADED, ASKED, FAILED, REPLACED = "reloaded", "asked", "failed", "replaced"
+
+
 class Cast:
     """Who plays: the user of portexec, that of the command, and how the command gets past the guard.
 
-    `beside` is the user of the second prober, who is the command's.
+    `ways` are those in which another process of the command can follow on the same number.
     """
 
-    def __init__(self, name: str, user: int, command: int, hand_off: str = "guard") -> None:
+    def __init__(self, name: str, user: int, command: int, hand_off: str = "guard", *, ways: tuple[str, ...] = ()) -> None:
         self.name = name
         self.user = user
         self.command = command
         self.hand_off = hand_off
+        self.ways = (RELOADED, *ways)
 
     @property
     def allowed(self) -> str:
@@ -62,10 +74,11 @@ class Cast:
 CASTS = {
     cast.name: cast
     for cast in (
-        Cast("root", 0, 0),
-        Cast("user", DROPPED, DROPPED),
-        Cast("dropped", 0, DROPPED),
+        Cast("root", 0, 0, ways=(ASKED, FAILED)),
+        Cast("user", DROPPED, DROPPED, ways=(ASKED, FAILED)),
+        Cast("dropped", 0, DROPPED, ways=(ASKED, FAILED)),
         Cast("fd", DROPPED, DROPPED, "fd"),
+        Cast("kept fd", DROPPED, DROPPED, "fd", ways=(ASKED, FAILED, REPLACED)),
         Cast("hold", DROPPED, DROPPED, "hold"),
     )
 }
@@ -84,10 +97,12 @@ class Actor:
 
     def say(self, *message: Any) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(
-            json.dumps(message[0] if len(message) == 1 and isinstance(message[0], int) else message) + "\n"
-        )
-        self.process.stdin.flush()
+        text = json.dumps(message[0] if len(message) == 1 and isinstance(message[0], int) else message)
+        try:
+            self.process.stdin.write(text + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise AssertionError(f"{self.process.args!r} has ended: {self.process.wait(10)}") from None
 
     def hear(self) -> Any:
         assert self.process.stdout is not None
@@ -101,15 +116,46 @@ class Actor:
         self.process.communicate(timeout=30)
 
 
+class Control:
+    """The control descriptor of a portexec; `theirs` is its end."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.settimeout(DEADLINE)
+        self.events = self.ours.makefile("r")
+
+    def started(self, *, asked_for: bool = False) -> int:
+        """The pid of the next start of the command that was asked for, or was not."""
+        return int(self.wait_for("started", asked_for=asked_for)["pid"])
+
+    def wait_for(self, name: str, **fields: Any) -> Any:
+        """The next event of this name with these fields. An error is the end of portexec."""
+        while True:
+            event = json.loads(self.events.readline())
+            if {"event": name, **fields}.items() <= event.items():
+                return event
+            assert event["event"] != "error", event
+
+    def ask(self, what: str) -> None:
+        """Ask portexec to do something."""
+        self.ours.sendall(json.dumps({"do": what}).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close both ends."""
+        self.events.close()
+        self.ours.close()
+        self.theirs.close()
+
+
 class Stage:
     """Everything that is running for one cast."""
 
     def __init__(self, cast: Cast, stack: ExitStack, home: str, *, sequences: int, with_mptcp: bool) -> None:
         self.cast = cast
         self.begun = [0] * KINDS
-        self.attempts = 0
+        self.attempts: Counter[str] = Counter()  # by who tried
         python = python_for(cast.user, home)
-        puppet = [python, f"{home}/tests/children/puppet.py"]
+        puppet = [python, "-S", f"{home}/tests/children/puppet.py"]
         become = ["--as", str(cast.command)] if cast.command != cast.user else []
         environment = {**os.environ, "PYTHONPATH": home, "PYTHONDONTWRITEBYTECODE": "1"}
         more = ["mptcp"] if with_mptcp else []
@@ -123,15 +169,26 @@ class Stage:
         listen = [word for n in range(sequences) for word in ("-l", f"n{n}={specs[n % KINDS]}")]
         ports = ",".join(f"{{n{n}.port}}" for n in range(sequences))
         inherited = ["--inherited", "{n0.fd}"] if cast.hand_off == "fd" else []
-        portexec = [python, "-m", "portexec", "-q", "-H", cast.hand_off, *listen, "--"]
-        self.guarded = start([*portexec, *puppet, *become, *inherited, ports], **as_user(cast.user))
-        self.ports = self.guarded.hear()
+        portexec = [python, "-m", "portexec", "-q", "-H", cast.hand_off, *listen]
+        options = as_user(cast.user)
+        self.control: Control | None = None
+        if len(cast.ways) > 1:
+            self.control = Control()
+            portexec += ["--restart", "always", "--ready", "none", "--control-fd", str(self.control.theirs.fileno())]
+            options["pass_fds"] = [self.control.theirs.fileno()]
+        self.guarded = start([*portexec, "--", *puppet, *become, *inherited, ports], **options)
+        if self.control is not None:
+            stack.callback(self.control.close)  # which ends the run, so that the command's end is not followed by a restart
+        self.command, self.ports = self.guarded.hear()
+        if self.control is not None:
+            assert self.control.started() == self.command
+        self.position = 0
         self.bare: Actor | None = None
         if cast.is_compared:
             numbers = ",".join(str(FIRST_BARE + n) for n in range(sequences))
             self.bare = start([*puppet, "--own-network", *(["--as", str(cast.command)] if cast.command else []), numbers])
             self.bare.hear()
-        prober = [sys.executable, f"{home}/tests/children/prober.py"]
+        prober = [sys.executable, "-S", f"{home}/tests/children/prober.py"]
         users = {"stranger": STRANGER, "same": cast.command}
         if cast.hand_off == "hold":
             del users["same"]  # it may share what shares by itself, as without us
@@ -141,9 +198,38 @@ class Stage:
         """Begin a sequence on a number of this kind, and return it. When all were used, they are used once more."""
         position = (KINDS * self.begun[kind] + kind) % len(self.ports)
         self.begun[kind] += 1
+        self.position = position
         port: int = self.ports[position]
         self.both("begin", position)
         return port
+
+    def follow(self, way: str = RELOADED) -> None:
+        """Have another process follow on the same number, bare and below portexec."""
+        if way == RELOADED:
+            self.both("restart")
+            return
+        if self.bare is not None:
+            self.bare.ask("restart")
+        assert self.control is not None
+        old = self.command
+        shim = int(status_of(old)["PPid"])
+        if way == FAILED:
+            self.guarded.say("fail")
+            self.control.wait_for("ended")
+        elif way == REPLACED:
+            self.guarded.ask("end")
+            self.guarded.process.send_signal(signal.SIGHUP)
+        if way != REPLACED:
+            self.control.ask("restart")
+        self.command = self.control.started(asked_for=way != REPLACED)
+        while self.guarded.hear() != [self.command, self.ports]:
+            pass  # a command that had failed was started before portexec was asked to, and then once more
+        if way == REPLACED:
+            self.control.wait_for("ended")  # no later way is to take it for the end of its own command
+            # When the old one has ended, a listener that was shut down listens again. The same user may pass meanwhile.
+            wait_for(lambda: is_gone(shim) and is_polling(self.guarded.process.pid))
+        assert is_gone(old)  # both read what is said
+        self.guarded.ask("begin", self.position)
 
     def both(self, *step: Any) -> tuple[Any, Any]:
         """Make a step, also in the bare process; what came of both, twice the same where nothing is compared."""
@@ -158,7 +244,7 @@ class Stage:
         found = {}
         for name, prober in self.probers.items():
             tried, got = prober.ask(port)
-            self.attempts += tried
+            self.attempts[name] += tried
             if got:
                 found[name] = got
         return found
@@ -194,6 +280,7 @@ class Sequence:
         self.options: dict[int, tuple[int, int]] = {}  # SO_REUSEADDR and SO_REUSEPORT of each socket
         self.bound: dict[int, Bound] = {}
         self.has_served_shared = False  # there may be connections that are left of a socket with SO_REUSEPORT
+        self.has_served_dropped = False  # there may be connections of which the user is not that of the sockets
         self.can_drop = stage.cast.command == 0
         if stage.cast.hand_off == "fd":
             self.options[0] = (1, 0)
@@ -222,7 +309,7 @@ class Sequence:
             name = chance.choice(list(self.connections))
             self.part(name, chance.choice(self.connections[name]))
         elif word == "restart":
-            self.restart()
+            self.restart(chance.choice([RELOADED] * 3 + [*self.stage.cast.ways]))
         elif word == "drop":
             self.drop()
         else:
@@ -262,17 +349,21 @@ class Sequence:
         self.can_drop = False
         self.do("drop", DROPPED)
 
-    def restart(self) -> None:
+    def restart(self, way: str = RELOADED) -> None:
         """Another process follows, with none of the sockets."""
         self.families = {name: family for name, family in self.families.items() if name == 0}
         self.handed_on.clear()
         self.connections.clear()
         self.can_drop = self.stage.cast.command == 0
-        self.do("restart")
+        self.do("restart", way)
 
     def do(self, *step: Any) -> Any:
         """Make a step, probe, and note what is not as it should be. Returns what came of it below portexec."""
-        guarded, bare = self.stage.both(*step)
+        if step[0] == "restart":
+            self.stage.follow(*step[1:])
+            guarded = bare = "ok"
+        else:
+            guarded, bare = self.stage.both(*step)
         self.steps.append([*step, guarded])
         if guarded != bare and not self.explained:
             self.explained = self.explain(step, guarded, bare)
@@ -294,6 +385,7 @@ class Sequence:
             self.bound[step[1]] = self.bound[step[1]]._replace(is_listening=0)
         elif step[0] == "meet" and outcome == "ok":
             self.has_served_shared = self.has_served_shared or any(one.reuse_port for one in self.bound.values())
+            self.has_served_dropped = self.has_served_dropped or not self.can_drop
         elif step[0] == "restart":
             self.bound.clear()
 
@@ -305,6 +397,8 @@ class Sequence:
         if guarded[0] == "ok" and bare[0] == "EADDRINUSE" and self.has_served_shared and not reuse_port:
             return "beside connections that are left of a socket with SO_REUSEPORT"
         if guarded[0] == "EADDRINUSE" and bare[0] == "ok" and reuse_port:
+            if self.has_served_dropped and not reuse_address:
+                return "beside connections that were accepted by another user than the socket's"
             host = step[2] if step[0] == "bind" else bare[1]
             host = "*" if self.families[step[1]] == "46" and host == "::" else host.removeprefix("::ffff:")
             others = [one for name, one in self.bound.items() if name != step[1] and overlap(host, one.host)]
@@ -322,11 +416,14 @@ class Sequence:
 
 @contextmanager
 def house() -> Iterator[str]:
-    """A copy of portexec and of the tests' programs that every user can read."""
+    """A copy of portexec and of the tests' programs that every user can read, with what Python has compiled of them.
+
+    A user who cannot write there would compile all of it anew at each start.
+    """
     home = tempfile.mkdtemp(prefix="guard-", dir="/tmp")
     try:
         for part in ("portexec", "tests/children"):
-            shutil.copytree(ROOT / part, Path(home, part), ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / part, Path(home, part), ignore=shutil.ignore_patterns("*.pyc.*"))  # what is just written
         subprocess.run(["chmod", "-R", "a+rX", home], check=True)
         yield home
     finally:
@@ -345,13 +442,15 @@ def as_user(user: int) -> dict[str, Any]:
     return {"user": user, "group": user, "extra_groups": []} if user != os.geteuid() else {}
 
 
+@cache
 def python_for(user: int, home: str) -> str:
-    """A Python that this user can run, and that can import portexec."""
+    """A Python that this user can run, and that can import portexec. It finds all of the house compiled."""
     for python in (sys.executable, "/usr/bin/python3"):
         try:
             done = subprocess.run([python, "-c", "import portexec.cli"], cwd=home, capture_output=True, **as_user(user))
         except OSError:
             continue
         if done.returncode == 0:
+            subprocess.run([python, "-m", "compileall", "-q", "."], cwd=home, check=True)
             return python
     raise RuntimeError(f"no Python that user {user} can run")

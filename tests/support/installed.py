@@ -22,8 +22,11 @@ from tests.support.processes import ROOT
 APPS = ROOT / "tests" / "apps"
 # Console scripts of the environment that the tests run in come first, as in a shell where it is activated.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+# Options of a pytest within a test: without the plugins that are half of what it costs to start.
+FEW_PLUGINS = " ".join(f"-p no:{name}" for name in ("hypothesispytest", "timeout", "anyio", "asyncio", "rerunfailures"))
+BASH_COMPLETION = "/usr/share/bash-completion/bash_completion"
 # Some are installed with another program and only show when that is asked.
-PROBES = {"webrick": "ruby -e 'require \"webrick\"'"}
+PROBES = {"webrick": "ruby -e 'require \"webrick\"'", "bash-completion": f"test -e {BASH_COMPLETION}"}
 
 
 def need(names: Iterable[str]) -> None:
@@ -38,6 +41,16 @@ def need(names: Iterable[str]) -> None:
 def lack(*missing: str) -> NoReturn:
     """Skip the test, since this is not installed; where it should be, fail."""
     (pytest.fail if os.environ.get("PORTEXEC_CI") else pytest.skip)(f"not installed: {', '.join(missing)}")
+
+
+def install_portexec(place: Path) -> Path:
+    """Make a `portexec` in this directory that runs this checkout, installed or not."""
+    script = place / "portexec"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom portexec.cli import main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    return script
 
 
 def program(name: str) -> str:

@@ -9,22 +9,26 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.proc import is_polling, state
 from tests.support.waiting import DEADLINE, wait_for
 
 ONE_REQUEST = 0.1  # seconds in which the same signal to end, twice, is one request
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHILDREN = ROOT / "tests" / "children"
-PORTEXEC = [sys.executable, "-m", "portexec"]
+# The installed script, as users start it; `-m` imports more before portexec begins. test_guard_state.py is one that uses `-m`.
+PORTEXEC = [sys.executable, str(Path(sys.executable).with_name("portexec"))]
 STRANGER = 65534  # nobody: the other user of the tests
 # A rule for `refusing`: no netlink. 16 is AF_NETLINK, and has no bit in common with the other families.
 NO_SOCK_DIAG = ["socket", errno.EAFNOSUPPORT, 0, 16]
+NO_PASSPIDFD = ["setsockopt", errno.ENOPROTOOPT, 2, 64]  # SO_PASSPIDFD is 76
 ANNOUNCED = re.compile(r"^portexec: (?:([\w-]+) )?((?:http|udp|unix):\S+)$")
 
 
@@ -88,12 +92,36 @@ def tell_again(process: subprocess.Popen[Any], number: int) -> None:
     process.send_signal(number)
 
 
+def stop_where_it_waits(pid: int) -> None:
+    """Stop a process of portexec in its poll(2), so that when it goes on it finds all that has happened meanwhile at once."""
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: state(pid) == "T")
+        if is_polling(pid):
+            return
+        os.kill(pid, signal.SIGCONT)
+        wait_for(lambda: state(pid) != "T")
+
+
 def kill_group(pid: int) -> None:
     """Kill what is left of a process group that a test made."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
+
+
+@contextmanager
+def session(words: Sequence[str], *, within: float, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run words in a session of their own, of which nothing is left afterwards, nor after so many seconds."""
+    with subprocess.Popen([*words], text=True, start_new_session=True, **options) as process:
+        timer = threading.Timer(within, kill_group, [process.pid])
+        timer.start()
+        try:
+            yield process
+        finally:
+            timer.cancel()
+            kill_group(process.pid)
 
 
 @contextmanager

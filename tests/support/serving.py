@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 import portexec
+from portexec.api.host import current
 from tests.support.network import get
-from tests.support.proc import processes_with, status_of, words_of
+from tests.support.proc import children_of, descriptors_of, is_gone, processes_with, status_of, words_of
 from tests.support.processes import child
 from tests.support.waiting import DEADLINE
 
@@ -58,8 +59,33 @@ def marking() -> Iterator[str]:
 
 
 def marked(text: str) -> set[int]:
-    """The living processes that have the mark, but for this one."""
-    return processes_with(f"{MARK}={text}")
+    """The living processes that have the mark, but for this one and its host, which stays. The shims of that are marked, too.
+
+    A host has the environment of the test that was the first to need it, and so have its shims.
+    """
+    ours = current()
+    if ours is None:
+        return processes_with(f"{MARK}={text}")
+    family = {ours.process.pid, *_shims(ours.process.pid)}
+    return (processes_with(f"{MARK}={text}") - family) | (family - {ours.process.pid})
+
+
+def is_host(pid: int) -> bool:
+    """Whether the process is the host of a caller."""
+    return "from portexec import host" in words_of(pid)
+
+
+def _shims(host: int) -> set[int]:
+    try:
+        return {pid for pid in children_of(host) if not is_gone(pid)}
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+
+
+def descriptors() -> dict[int, str]:
+    """The open descriptors of this process, but for the socket to its host, which stays."""
+    ours = current()
+    return {fd: what for fd, what in descriptors_of().items() if ours is None or fd != ours.fileno()}
 
 
 def describe(pids: set[int]) -> list[str]:

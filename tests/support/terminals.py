@@ -6,7 +6,7 @@ import os
 import pty
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tests.support.processes import kill_group
 
@@ -50,6 +50,13 @@ class Terminal:
         matches = [match for match in found if match is not None]
         self.unread = self.unread[max(match.end() for match in matches) :]
         return matches
+
+    def rest(self) -> str:
+        """All that comes until the other end is closed."""
+        with suppress(OSError):
+            while data := os.read(self.fd, 1000):
+                self.unread += data.decode()
+        return self.unread
 
     def pids(self) -> tuple[int, int]:
         """Read until server and tests have said that they run; return their pids."""

@@ -27,7 +27,8 @@ def identity_of(user: str) -> list[str]:
 
 def every_attempt(identity: list[str], number: int) -> list[Attempt]:
     """What a thief gets by every way: first without SO_REUSEADDR, so that none profits from what the others left behind."""
-    return [attempt for options in ("-,p", "a,ap") for attempt in attempts(identity, "all", number, options)]
+    tried: list[Attempt] = attempts(identity, "all", number, "-,p", "a,ap")
+    return tried
 
 
 def attempts(identity: list[str], *words: object) -> Any:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import re
+
 import portexec
 
 
@@ -23,6 +25,16 @@ def serve_wrongly() -> None:
     portexec.serve(["npm"], cwd=3)  # wrong
     portexec.serve(["npm"], kill_after=None)  # wrong
     portexec.serve(["npm"], timeout=3)  # wrong
+    portexec.serve(["npm"], remap=8000.5)  # wrong
+    portexec.serve(["npm"], ready=re.compile(b"x"))  # wrong
+    portexec.serve(["npm"], output="log")  # wrong
+    portexec.serve_all([["npm"]])  # wrong
+    portexec.serve_all({"api": 8000})  # wrong
+    portexec.serve_all({"api": ["npm"]}, cwd=".")  # wrong
+    portexec.serve(["npm"], stdin=b"input")  # wrong
+    portexec.serve(["npm"], lazy="no")  # wrong
+    portexec.serve(["npm"], output=open("log", "wb"))  # wrong
+    portexec.serve(["npm"], scheme=None)  # wrong
     portexec.no_such_function()  # wrong
 
 
@@ -33,6 +45,8 @@ def use_wrongly(serving: portexec.Serving, error: portexec.Exited) -> None:
         server.port = 8000  # wrong
         server.listeners["web"].port = 8000  # wrong
         server.restart(5)  # wrong
+        server.stop(signal="INT")  # wrong
+        server.wait(timeout="5s")  # wrong
         server.died("now")  # wrong
         print(server.returncode + 1)  # wrong
     print(error.returncode + 1)  # wrong
@@ -59,3 +73,12 @@ def listen_wrongly() -> None:
     portexec.listen(backlog="10")  # wrong
     with portexec.listen() as listener:
         listener.url = "http://127.0.0.1/"  # wrong
+
+
+async def use_fixtures_wrongly(server: portexec.ServerFactory, async_server: portexec.AsyncServerFactory) -> None:
+    server(["npm"], no_such_option=1)  # wrong
+    server("npm", ["web=0"])  # wrong
+    server(["npm"]).port = 8000  # wrong
+    await server(["npm"])  # wrong
+    await async_server(["npm"], no_such_option=1)  # wrong
+    print(async_server(["npm"]).url)  # wrong

@@ -1,0 +1,40 @@
+"""What comes of each case of tests/children/binder.py on any Linux."""
+
+from __future__ import annotations
+
+OK = "ok"
+CASES: dict[str, object] = {
+    "plain": [OK, OK, True, OK],
+    "in_thread": [OK, OK, True, OK],
+    "after_leader_exit": [OK, OK, True, OK],
+    "unshared_table": [OK, OK, True, OK],
+    "epoll_before": [OK, OK, 1],
+    "dup_before": [OK, OK, True],
+    "options_kept": [OK, OK, True, True],
+    "both_families": [OK, OK, OK, OK, OK, OK],
+    "dual_then_v4": [OK, OK, "EADDRINUSE"],
+    "same_twice": [OK, OK, "EADDRINUSE", OK],
+    "workers": [OK, OK, OK, OK, "EADDRINUSE", 1, 1],
+    "mptcp": [OK, OK, 262, OK],
+    "udp": [OK, "x"],
+    "other_families": [OK, OK, OK],
+    "any_number": [True, False],
+    "mapped": [OK, OK, OK],
+    "missing_address": ["EADDRNOTAVAIL"],
+    "rebind": [OK, "EINVAL", "EINVAL"],
+    "bind_then_connect": [OK, OK, True],
+    "listen_unbound": [OK, True],
+    "listen_twice": [OK, OK, OK, OK],
+    "fork_between": [OK, 0, OK],
+    "orphan": [OK, OK, True, OK],
+    "again": [[OK, OK]] * 3,
+    "shutdown_listen": [OK, OK, OK, True, OK],
+    "stuck_worker": [OK, OK, "EADDRINUSE"],
+    "drop_before_socket": [OK, OK, True, OK],
+    "drop_after_socket": [OK, OK, OK],
+    "other_network": [OK, OK, True],
+    "not_dumpable": [OK, OK, OK],
+    "short_address": ["EINVAL", "EINVAL", "EINVAL", "EFAULT", "EINVAL"],
+    "unspecified_family": [0, OK, True, OK],
+    "no_descriptor": ["EBADF", "EBADF", "ENOTSOCK", "ENOTSOCK", "EBADF", "EBADF"],
+}
