@@ -33,6 +33,8 @@ TARGET_CALL = "1.00 +- 0.02"
 BINDS = 400  # in each process
 CALLS = 2_000_000  # in each process
 NUMBERS = 300
+INTERRUPTIBLE = 5000  # binds in each process, and as many listens
+BLOCKS = 20  # of the cycles
 
 FIRST_INSTRUCTION = r"""
 #include <stdio.h>
@@ -105,6 +107,45 @@ for one, port in zip(made, ports):
 print(time.perf_counter_ns() - begin)
 """
 
+# Binds and listens below a timer whose handler was set without SA_RESTART. Prints how many calls failed, and those of EINTR.
+INTERRUPTED = """
+import errno, json, os, signal, socket, sys
+count, port, found = int(sys.argv[1]), int(os.environ["PORT"]), [0, 0, 0]
+signal.signal(signal.SIGALRM, lambda *_: found.__setitem__(2, found[2] + 1))
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+def tried(call, *arguments):
+    while True:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            found[0] += 1
+            found[1] += error.errno == errno.EINTR
+            if error.errno != errno.EINTR:
+                return None
+for _ in range(count):
+    with socket.socket() as made:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tried(made.bind, ("127.0.0.1", port))
+        tried(made.listen)
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(json.dumps(found))
+"""
+
+# Binds, listens and closes that often, and prints after each of the blocks the microseconds that a cycle took.
+CYCLES = """
+import os, socket, sys, time
+blocks, block, port = int(sys.argv[1]), int(sys.argv[2]), int(os.environ["PORT"])
+for _ in range(blocks):
+    begin = time.perf_counter_ns()
+    for _ in range(block):
+        with socket.socket() as made:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(("127.0.0.1", port))
+            made.listen()
+    print((time.perf_counter_ns() - begin) / block / 1e3, flush=True)
+    os.read(0, 1)
+"""
+
 WAITING = 'import os; os.write(1, b"ready\\n"); os.read(0, 1)'
 WAITING_SERVER = """
 import os, socket
@@ -124,13 +165,19 @@ anyio.run(main)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=30, help="how often each form has its turn (default %(default)s)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--cycles", type=int, help="only this: what so many cycles of bind, listen and close do to the shim")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     load = "/".join(f"{value:.1f}" for value in os.getloadavg())
     print(
         f"Python {sys.version.split()[0]}, {os.cpu_count()} processors, {rounds} rounds, load average {load} at the beginning"
     )
+    if arguments.cycles:
+        watch_cycles(arguments.cycles)
+        return
     with tempfile.TemporaryDirectory() as directory:
         compare_binds(rounds)
+        compare_interrupted(max(1, rounds // 10))
         compare_starts(rounds, directory)
         compare_other_calls(rounds, directory)
         compare_memory()
@@ -167,6 +214,29 @@ def bind_row(hand_off: str, processes: list[list[list[int]]]) -> list[str]:
         target = [f"< {TARGET_BIND}" if hand_off == "guard" else ""] if which == 0 else []
         cells += [f"{median(warm):.1f}", *target, f"{quantiles(warm, n=100)[98]:.1f}", f"{first:.1f}"]
     return [*cells, str(sum(map(len, processes)))]
+
+
+def compare_interrupted(rounds: int) -> None:
+    """Below a 1 kHz timer without SA_RESTART, how many binds and listens fail. A call that was interrupted is made again."""
+    found = {"guard": [0, 0, 0], "hold": [0, 0, 0]}
+
+    def measurement(hand_off: str) -> Callable[[], float]:
+        words = portexec(hand_off, [sys.executable, "-c", INTERRUPTED, str(INTERRUPTIBLE)])
+
+        def run() -> float:
+            found[hand_off] = [old + new for old, new in zip(found[hand_off], json.loads(output_of(words)), strict=True)]
+            return 0.0
+
+        return run
+
+    interleaved(rounds, {name: measurement(name) for name in found})
+    calls = 2 * rounds * INTERRUPTIBLE
+    rows = []
+    for hand_off, (failed, interrupted, signals) in found.items():
+        name = "admitted" if hand_off == "guard" else "plain"
+        rows.append([name, str(calls), str(signals), str(interrupted), f"{interrupted / calls:.3%}", str(failed - interrupted)])
+    print("\nBinds and listens of a command with a 1 kHz timer whose handler does not restart calls.\n")
+    print_table(["", "calls", "signals", "EINTR", "", "other failures"], rows)
 
 
 def has_address(host: str) -> bool:
@@ -312,6 +382,25 @@ def compare_many_numbers(rounds: int) -> None:
         rows.append([f"portexec, {name}", f"{median(times) * 1e3:.0f}", f"{median(inside[name]) / 1e6:.1f}", f"{each:.0f}"])
     print(f"\n{NUMBERS} numbers of one launch, bound by one command: milliseconds, and microseconds for each of them.\n")
     print_table(["", "whole launch", "all binds", "each"], rows)
+
+
+def watch_cycles(cycles: int) -> None:
+    """One command that binds, listens and closes for ever: the memory of what answers, and the time of a cycle."""
+    words = portexec("guard", [sys.executable, "-c", CYCLES, str(BLOCKS), str(cycles // BLOCKS)])
+    print("\nKiB (RSS) of the shim after so many cycles, and microseconds of a cycle since the line before.\n")
+    print(f"{'cycles':>8}  {'memory':>6}  {'each':>7}")
+    with subprocess.Popen(words, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for number, line in enumerate(process.stdout, 1):
+            [shim] = children_of(process.pid)
+            print(f"{number * (cycles // BLOCKS):8}  {memory(shim, 'Rss'):6}  {float(line):7.1f}", flush=True)
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def portexec(hand_off: str, words: Sequence[str], options: Sequence[str] = ()) -> list[str]:

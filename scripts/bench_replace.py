@@ -6,7 +6,8 @@ one, and when it is ready the old one is told to end. It is over when a new proc
 Beside it is the floor: the same done by hand, with the descriptor kept by this script, and the old process told to end when
 the new one has answered. What fails there is the server's own doing, whoever replaces it.
 
-A load generator in another process makes every request on a connection of its own; see tests/children/load.py.
+A load generator in another process makes every request on a connection of its own, or with --keep-alive on eight that it keeps;
+see tests/children/load.py. A server that ends closes those that are idle, and a request that was on its way then has failed.
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ BY_PORTEXEC = "portexec"
 
 GUNICORN = [str(BIN / "gunicorn"), "--no-control-socket", "--log-level", "warning", "-b", "fd://{fd}", "wsgi:app"]
 UVICORN = [str(BIN / "uvicorn"), "--log-level", "warning", "--no-access-log", "--fd", "{fd}", "asgi:app"]
+HYPERCORN = [str(BIN / "hypercorn"), "--log-level", "warning", "-b", "fd://{fd}", "asgi:app"]
+NODE = ["node", "drains.js", "{fd}"]
 SERVERS = {
     "gunicorn, 2 sync workers": [*GUNICORN, "-w", "2"],
     "gunicorn, 4 threads": [*GUNICORN, "-k", "gthread", "--threads", "4"],
     "uvicorn": UVICORN,
+    "hypercorn": HYPERCORN,
+    "node": NODE,
+    "node on [::]": NODE,  # where both generations share the listener
 }
+ON_ALL = ["-l", "*:0"]
 
 
 class Site:
@@ -90,6 +97,7 @@ def main() -> None:
     parser.add_argument("--replacements", type=int, default=100, help="of each server (default %(default)s)")
     parser.add_argument("--rate", type=int, default=300, help="requests per second (default %(default)s)")
     parser.add_argument("--only", choices=(BY_PORTEXEC, BY_HAND), help="replace by these means only")
+    parser.add_argument("--keep-alive", action="store_true", help="many requests on one connection")
     parser.add_argument("servers", nargs="*", help="whose names begin so (default: all)")
     chosen = parser.parse_args()
     load = "/".join(f"{value:.1f}" for value in os.getloadavg())
@@ -101,11 +109,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         os.chdir(shutil.copytree(TESTS / "apps", Path(directory, "apps")))
         for name, words in SERVERS.items():
-            if chosen.servers and not name.startswith(tuple(chosen.servers)):
+            if (chosen.servers and not name.startswith(tuple(chosen.servers))) or shutil.which(words[0]) is None:
                 continue
             for means, start in ((BY_PORTEXEC, by_portexec), (BY_HAND, by_hand)):
                 if chosen.only in (None, means):
-                    row, failures = measure(words, start, chosen.replacements, chosen.rate)
+                    options = ON_ALL if "[::]" in name else []
+                    with start(words, options) as site:
+                        row, failures = measure(site, chosen.replacements, chosen.rate, chosen.keep_alive)
                     rows.append([f"{name}: {means}", *row])
                     reasons += [f"{name}: {means}: {count} times {failure}" for failure, count in failures.items()]
     header = ["", "replacements", "requests", "per second", "failed", "refused", "slowest ms", "seconds of one"]
@@ -113,46 +123,45 @@ def main() -> None:
     print("\n" + ("\n".join(reasons) or "nothing failed"))
 
 
-def measure(words: list[str], start: Callable[[list[str]], Any], count: int, rate: int) -> tuple[list[str], dict[str, int]]:
+def measure(site: Site, count: int, rate: int, keeps: bool) -> tuple[list[str], dict[str, int]]:
     """The cells of one row, and how often it failed in which way."""
-    if shutil.which(words[0]) is None:
-        return ["not installed", *[""] * 6], {}
-    with start(words) as site:
-        ask(site.port)
-        with loaded(site.port, rate) as load:
-            wait_for(load.pids)
-            times = [replace(site, load) for _ in range(count)]
-            summary = load.summary()
+    ask(site.port)
+    with loaded(site.port, rate, keeps) as load:
+        wait_for(load.pids)
+        times = [replace(site, load) for _ in range(count)]
+        summary = load.summary()
     per_second = summary["requests"] / summary["seconds"]
     cells = [count, summary["requests"], f"{per_second:.0f}", summary["failed"], summary["refused"]]
     return [*map(str, cells), f"{summary['slowest'] * 1e3:.0f}", f"{median(times):.2f}"], summary["failures"]
 
 
-def ask(port: int) -> None:
-    """Wait until the server answers: the descriptor listens already."""
+def ask(port: int) -> int:
+    """The process that answers on a new connection: the descriptor listens already."""
+    answer = b""
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as connection:
         connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        connection.recv(1)
+        while received := connection.recv(1000):
+            answer += received
+    return int(answer.rpartition(b" ")[2] or 0)
 
 
 def replace(site: Site, load: Load) -> float:
     """One replacement, from its beginning until a new process has answered and the old one is gone; its seconds."""
-    known = load.pids()
-    old = {site.main_of(pid) for pid in known} - {0}
+    old = {site.main_of(pid) for pid in load.pids()} - {0}
     begin = time.monotonic()
     site.begin()
-    wait_for(lambda: {site.main_of(pid) for pid in load.pids() - known} - {0, *old})
+    wait_for(lambda: site.main_of(ask(site.port)) not in {0, *old})
     site.finish()
     wait_for(lambda: not any(map(site.main_of, old)))
     return time.monotonic() - begin
 
 
 @contextmanager
-def by_portexec(words: list[str]) -> Iterator[Site]:
+def by_portexec(words: list[str], options: list[str]) -> Iterator[Site]:
     """The server below `portexec --restart`, replaced by HUP."""
     port_file = Path("port")
     port_file.unlink(missing_ok=True)
-    process = start([PORTEXEC, "-q", "--restart", "on-failure", "--port-file", str(port_file), "--", *words])
+    process = start([PORTEXEC, "-q", "--restart", "on-failure", "--port-file", str(port_file), *options, "--", *words])
     try:
         port = wait_for(lambda: port_file.exists() and int(port_file.read_text()))
         yield Site(port, process.pid, lambda: process.send_signal(signal.SIGHUP), lambda: None)
@@ -161,9 +170,10 @@ def by_portexec(words: list[str]) -> Iterator[Site]:
 
 
 @contextmanager
-def by_hand(words: list[str]) -> Iterator[Site]:
+def by_hand(words: list[str], options: list[str]) -> Iterator[Site]:
     """The server as a child of ours, on a descriptor of ours."""
-    with socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN) as listener:
+    family, host = (socket.AF_INET6, "::") if options else (socket.AF_INET, "127.0.0.1")
+    with socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN, dualstack_ipv6=bool(options)) as listener:
         fd = listener.fileno()
         mine = [word.replace("{fd}", str(fd)) for word in words]
         processes = [start(mine, fd)]
@@ -191,9 +201,9 @@ def parent_of(pid: int) -> int:
 
 
 @contextmanager
-def loaded(port: int, rate: int) -> Iterator[Load]:
+def loaded(port: int, rate: int, keeps: bool) -> Iterator[Load]:
     output = Path("load")
-    words = [sys.executable, str(TESTS / "children" / "load.py"), "127.0.0.1", str(port), str(rate)]
+    words = [sys.executable, str(TESTS / "children" / "load.py"), "127.0.0.1", str(port), str(rate), *["keep"] * keeps]
     with output.open("wb") as file:
         process = subprocess.Popen(words, env=environment(), stdin=subprocess.PIPE, stdout=file, start_new_session=True)
     try:

@@ -1,13 +1,17 @@
-"""The demo's server: a FastAPI application with one page, which says who answers."""
+"""The demo's server: an ASGI application with one page, which says who answers."""
 
+from __future__ import annotations
+
+import json
 import os
-
-from fastapi import FastAPI
-
-app = FastAPI()
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 
-@app.get("/hello")
-def hello() -> dict[str, str | int]:
+async def app(scope: dict[str, Any], _: object, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
     """Greet, and tell which of the two processes this is."""
-    return {"hello": "world", "port": int(os.environ["PORT"]), "pid": os.getpid()}
+    if scope["type"] != "http":
+        return
+    body = json.dumps({"hello": "world", "port": int(os.environ["PORT"]), "pid": os.getpid()}).encode() + b"\n"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": body})

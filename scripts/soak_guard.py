@@ -4,7 +4,7 @@
 
 The casts are those of tests/support/guard_world.py. After every step another user and the same one try to have the number, on
 seven addresses with every option. What the command got is compared with the same sequence in a process of its own, without
-portexec. Needs root. Prints for each cast how many attempts there were, what came of them, and where the command met
+portexec. Needs root. Prints for each cast how many attempts there were by whom, what came of them, and where the command met
 something else.
 """
 
@@ -49,7 +49,7 @@ def play(cast: Cast, home: str, arguments: argparse.Namespace, chance: random.Ra
                     count[kind] += 1
                     if count[kind] <= SHOWN:
                         findings.append(f"{kind}: {text}")
-            count["attempts"] += stage.attempts
+            count.update({f"attempts by {who}": number for who, number in stage.attempts.items()})
     return count, findings
 
 

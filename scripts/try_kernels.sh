@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Boots Debian's kernels in qemu, and runs scripts/try_cases.py in each: as root, as an ordinary user, and with Yama 2 and 3.
+#
+#     try_kernels.sh [SUITE]...      default: bullseye bookworm trixie sid, which have 5.10, 6.1, 6.12 and a new one
+#
+# Needs root, qemu-system-x86, debootstrap and cpio. A kernel is emulated, unless TRY_KVM is set, and takes its time: some ten
+# minutes for each column. TRY_COLUMNS chooses among root, user, yama2 and yama3, TRY_ONLY the cases that have a word in their
+# names. What is made stays in $TRY_PLACES, by default /var/tmp/portexec-places; a suite whose archive cannot be had is said and
+# left out. Not part of continuous integration.
+set -euo pipefail
+. "$(dirname "$0")/try_common.sh"
+
+columns=${TRY_COLUMNS:-root user yama2 yama3}
+suites=("$@")
+[ $# -gt 0 ] || suites=(bullseye bookworm trixie sid)
+
+download_kernel() {
+    # The newest kernel image of a suite, unpacked in $work/kernel-SUITE; by apt, with lists of its own.
+    local suite=$1 apt=$work/apt-$1 target=$work/kernel-$1 image package
+    [ ! -e "$target/made" ] || return 0
+    rm -rf "$apt" "$target"
+    mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial" "$target"
+    {
+        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $suite main"
+        [ "$suite" = sid ] ||
+            echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian-security $suite-security main"
+    } >"$apt/sources.list"
+    local options=(-q -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State::lists=$apt/lists"
+        -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User=root)
+    depends() { apt-cache "${options[@]}" depends "$1" 2>>"$apt/log" | sed -n "s/^ *Depends: \($2.*\)/\1/p"; }
+    apt-get "${options[@]}" update >"$apt/log" 2>&1 || true
+    image=$(depends linux-image-cloud-amd64 'linux-image-[0-9]')
+    [ -n "$image" ] || return 1
+    # Newer ones are in several packages.
+    (cd "$apt" && apt-get "${options[@]}" download $image $(depends "$image" 'linux-\(binary\|modules\)-[0-9]') >>log 2>&1) || return 1
+    for package in "$apt"/*.deb; do dpkg-deb --extract "$package" "$target"; done
+    [ -d "$target/lib/modules" ] || ln -s usr/lib "$target/lib" # where the directories are merged
+    touch "$target/made"
+}
+
+write_init() {
+    # The first program: mounts, and a run of the cases for each column, with lines around it by which it is found again.
+    cat >"$1" <<INIT
+#!/bin/sh
+export PATH=/usr/sbin:/usr/bin TRY_DEADLINE=240
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs -o mode=1777 tmp /tmp
+ip link set lo up
+run() { echo "@@ begin \$1"; python3 /opt/portexec/scripts/try_cases.py --only "${TRY_ONLY:-}" --as "\$2" 2>&1; echo "@@ end"; }
+for column in $columns; do
+    case \$column in
+        root) run root 0 ;;
+        user) run user 1000 ;;
+        yama*) echo "\${column#yama}" >/proc/sys/kernel/yama/ptrace_scope && run \$column 1000 ;;
+    esac
+done
+python3 -c 'import ctypes; ctypes.CDLL(None).reboot(0x4321FEDC)'
+INIT
+    chmod 755 "$1"
+}
+
+make_initramfs() {
+    # The root file system, the kernel's modules that tell of sockets, which sock_diag(7) has loaded, and the first program.
+    local modules=$1/lib/modules version=$2 file=$3 first=$work/first-$2
+    mkdir -p "$root/lib/modules/$version" "$first"
+    (
+        cd "$modules/$version"
+        find . \( -name '*_diag.ko*' -o -name 'modules.builtin*' -o -name modules.order \) -print0 |
+            cpio --quiet --null --pass-through --make-directories --unconditional "$root/lib/modules/$version"
+    )
+    chroot "$root" depmod "$version"
+    write_init "$first/init"
+    (cd "$root" && find . -xdev -path ./var/lib/dpkg -prune -o -print | cpio --quiet --create --format newc) >"$file"
+    (cd "$first" && find . | cpio --quiet --create --format newc) >>"$file"
+}
+
+boot() {
+    # Boot one kernel, and cut what it printed into a file for each column.
+    local suite=$1 target=$work/kernel-$1 version log=$work/boot-$1.log accelerator=tcg,thread=multi cpu=max
+    version=$(basename "$target"/lib/modules/*)
+    [ -z "${TRY_KVM:-}" ] || { accelerator=kvm cpu=host; }
+    make_initramfs "$target" "$version" "$work/initramfs-$suite"
+    say "$suite: Linux $version, $columns"
+    timeout "${TRY_TIMEOUT:-7200}" qemu-system-x86_64 -accel "$accelerator" -cpu "$cpu" -smp 2 -m 2048 -nic none -nographic -no-reboot \
+        -kernel "$target/boot/vmlinuz-$version" -initrd "$work/initramfs-$suite" \
+        -append "console=ttyS0 panic=-1 loglevel=0 tsc=reliable" </dev/null >"$log" 2>&1 || say "$suite: qemu ended with $?"
+    tr -d '\r' <"$log" | awk -v place="$work/kernels/$(echo "$version" | cut -d. -f1-2)" '
+        /^@@ begin/ { file = place "-" $3 ".txt"; printf "" >file; next }
+        /^@@ end/ { file = "" }
+        file != "" { print >file }'
+    rm -f "$work/initramfs-$suite"
+}
+
+need qemu-system-x86_64 qemu-system-x86 cpio cpio
+make_root
+mkdir -p "$work/kernels"
+for suite in "${suites[@]}"; do
+    if download_kernel "$suite"; then boot "$suite"; else say "$suite: its kernel cannot be had here"; fi
+done
+table kernels
