@@ -1,45 +1,80 @@
-# Thin entry points; everything happens in a virtual environment of our own, which is made when it is needed.
-#
-#   make demo     two copies of a real server side by side
-#   make test     the test suite; PYTEST=... adds options, such as PYTEST='-k guard'
-#   make check    ruff, ruff format, mypy
-#   make bench    the benchmarks, which print tables and assert nothing
+# Thin entry points. Everything happens in a virtual environment of our own, which is made when it is needed; `make help` lists
+# the targets. PYTHON makes the environment, VENV is its directory; PYTEST adds options, as in `make test PYTEST='-k guard'`.
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST ?=
+# What is installed beside portexec, a group in pyproject.toml; `base` leaves out what the suites in tests/suites need.
+DEPENDENCIES ?= dev
+# Tests wait for processes a part of their time: with a worker for each core, a quarter of the cores was idle.
+WORKERS ?= $(shell expr $$(nproc) \* 3 / 2)
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+MADE = $(VENV)/pyvenv.cfg
 READY = $(VENV)/ready
+DEMO = $(VENV)/demo
+PACKAGE = $(VENV)/package
 
 # Of hundreds of processes that import portexec, none is to compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check format bench clean
+.PHONY: help demo test check format share pictures bench package clean
+.DELETE_ON_ERROR:
 
-demo: $(READY)
-	$(BIN)/python scripts/demo.py
+help:                 ## show this
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
+# The demo needs less than the tests. Where all is there, that will do.
+demo: $(if $(wildcard $(READY)),$(READY),$(DEMO)) ## two copies of a real server side by side
+	@$(BIN)/python scripts/demo.py
 
-check: $(READY)
+test: $(READY)        ## the test suite; PYTEST='-k guard' adds options
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
+
+check: $(READY)       ## ruff, ruff format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(READY)      ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
+share: $(READY)       ## write the manual and the completions anew
+	$(BIN)/python scripts/make_share.py
+
+pictures: $(READY)     ## draw the pictures of the documentation anew
+	$(BIN)/python scripts/draw_pictures.py
+
+bench: $(READY)       ## the benchmarks, which print tables and assert nothing
 	for script in scripts/bench_*.py; do $(BIN)/python $$script || exit; done
 
-# An unfinished environment has no `ready` and is made again.
-$(READY): pyproject.toml
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,servers,check]'
-	touch $@
+package: $(PACKAGE)   ## build the wheel and the sdist in dist/, and try both
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	scripts/try_sdist.sh $(BIN)/python
+	scripts/try_install.sh $(BIN)/python venv
 
-clean:
+clean:                ## remove the environment, and all that was made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+
+$(MADE):
+	@echo "== making a virtual environment in $(VENV), once"
+	@$(PYTHON) -m venv --clear $(VENV)
+
+$(DEMO): pyproject.toml | $(MADE)
+	@echo "== installing portexec and uvicorn there, once"
+	@$(PIP) install --editable . uvicorn
+	@touch $@
+
+# Older pips know no dependency groups.
+$(READY): pyproject.toml | $(MADE)
+	@echo "== installing portexec there, and all that the tests need"
+	@$(PIP) install --upgrade pip
+	@$(PIP) install --editable . --group $(DEPENDENCIES)
+	@touch $@
+
+$(PACKAGE): $(READY)
+	@$(PIP) install --group package
+	@touch $@
