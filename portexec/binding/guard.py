@@ -333,8 +333,9 @@ class Flip:
         user = _random_user() if is_bare else owner
         try:
             for socket in (self._socket, self._guard.socket, *self._beside):
-                self._owners.append((socket, owner_of(socket)))
-                _give(socket, user)
+                before = _give(socket, user)
+                if before != user:
+                    self._owners.append((socket, before))
         except OSError:  # in a container without CAP_CHOWN, or without that user
             self._show()
         else:
@@ -343,7 +344,7 @@ class Flip:
 
     def _show(self) -> None:
         for socket, owner in self._owners:
-            _give(socket, owner)
+            os.fchown(socket.fileno(), owner, -1)
         self._owners.clear()
 
 
@@ -527,9 +528,12 @@ def owner_of(socket: _socket.socket) -> int:
     return os.fstat(socket.fileno()).st_uid
 
 
-def _give(socket: _socket.socket, owner: int) -> None:
-    if owner_of(socket) != owner:
+def _give(socket: _socket.socket, owner: int) -> int:
+    """Make a socket this user's. Returns the owner before. Raises OSError."""
+    before = owner_of(socket)
+    if before != owner:
         os.fchown(socket.fileno(), owner, -1)
+    return before
 
 
 def is_on_both_families(socket: _socket.socket, host: str) -> bool:
