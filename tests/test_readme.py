@@ -46,6 +46,7 @@ STRICT = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"]
 MARK = "----- that was all -----"
 PATIENCE = 2 * DEADLINE
 NUMBER = re.compile(r"(\d{4,})")
+WAITING = re.compile(r"portexec: note: \d+ s: waiting for ")  # what a machine is told that has had no time for a while
 NEEDED = {"curl": "curl", "node": "node", "npm": "npm node", "uvicorn": "uvicorn fastapi", "hypercorn": "hypercorn fastapi"}
 NEEDED |= {"gunicorn": "gunicorn", "flask": "flask", "make": "make", "uv": "uv"}
 # Options of other programs that the text mentions.
@@ -125,7 +126,7 @@ class Terminal:
                 is_over = True
                 if lines and not lines[-1]:
                     lines.pop()
-            else:
+            elif not WAITING.match(line):
                 lines.append(line.rstrip("\n"))
         return lines
 
