@@ -244,9 +244,9 @@ def test_a_port_that_needs_a_right_gives_way_to_the_next_candidate() -> None:
 
 
 @contextmanager
-def a_server(address: str = "127.0.0.1") -> Iterator[tuple[int, str, int]]:
+def a_server(*address: str) -> Iterator[tuple[int, str, int]]:
     """The number, and how a message names the process that has it."""
-    words = [*support.child("listening"), address]
+    words = [*support.child("listening"), *address]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         port = int(server.stdout.readline())
@@ -279,9 +279,10 @@ def test_port_in_use_by_somebody_whom_proc_does_not_show() -> None:
 @contextmanager
 def a_guarded_number(hand_off: str) -> Iterator[tuple[int, str]]:
     """A number on which nobody listens, and the words of a message for who keeps it."""
-    words = ["-H", hand_off, "--", "sh", "-c", "sleep 1000; :", "a long word " * 9]
+    words = ["-H", hand_off, "--", "sh", "-c", "echo runs; sleep 1000; :", "a long word " * 9]
     with support.running(*words) as running:
         port = int(running.url().rpartition(":")[2])
+        assert support.read_line(running.process) == "runs"  # portexec announces, and then becomes the command
         name = f"portexec {' '.join(words)}"[:60] + "..." if hand_off == "guard" else "sh"
         yield port, f"pid {running.process.pid}, {name}"
 
@@ -749,7 +750,7 @@ def test_no_message_of_the_python_api_plays_tricks(given: dict[str, str]) -> Non
     ("name", "words", "is_said"),
     [
         ("npx", ["-H", "fd"], True),
-        ("yarn", ["-l", "unix:@portexec-test-advice"], True),
+        ("yarn", ["-l", "unix:@{place}/socket"], True),
         ("npx", ["-H", "guard"], False),
         ("npx", ["-q", "-H", "fd"], False),
         ("npx", ["--json", "-H", "fd"], True),
@@ -759,7 +760,7 @@ def test_no_message_of_the_python_api_plays_tricks(given: dict[str, str]) -> Non
 def test_a_descriptor_behind_what_closes_it(name: str, words: list[str], is_said: bool, tmp_path: Path) -> None:
     path = script(tmp_path, "#!/bin/sh\n", 0o755)
     tool = Path(path).rename(tmp_path / name)
-    result = support.run(*words, "--", str(tool))
+    result = support.run(*(word.replace("{place}", str(tmp_path)) for word in words), "--", str(tool))
     note = (
         f"portexec: note: {name} does not pass descriptors on to what it starts; give the server its number: {{port}}, or $PORT"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import nbformat
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 CELLS = [
@@ -31,7 +32,9 @@ CELLS = [
 ]
 
 notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
-NotebookClient(notebook, kernel_name="python3").execute()
+# By TCP the kernel would bind five numbers that its manager has found free, and may have lost: what portexec is against.
+manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip="kernel")
+NotebookClient(notebook, km=manager, iopub_timeout=60, raise_on_iopub_timeout=True).execute()
 for cell in notebook.cells:
     for output in cell.outputs:
         print(output.get("text", output), end="")

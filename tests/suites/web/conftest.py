@@ -7,6 +7,7 @@ import os
 import pytest
 
 APPS = os.environ["APPS"]
+PATIENCE = 60  # seconds; httpx gives up after 5, in which a busy machine may have done nothing
 
 
 @pytest.fixture(scope="session")

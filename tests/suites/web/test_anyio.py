@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import httpx
 import pytest
-from conftest import APPS
+from conftest import APPS, PATIENCE
 
 import portexec
 
@@ -29,17 +29,17 @@ async def block(anyio_backend):
 
 
 async def test_shared(fastapi_server):
-    async with httpx.AsyncClient(base_url=fastapi_server.url) as client:
+    async with httpx.AsyncClient(base_url=fastapi_server.url, timeout=PATIENCE) as client:
         assert (await client.get("/")).text == f"hello from {fastapi_server.pid}"
 
 
 async def test_of_the_module(node):
-    async with httpx.AsyncClient(base_url=node.url) as client, anyio.create_task_group() as tasks:
+    async with httpx.AsyncClient(base_url=node.url, timeout=PATIENCE) as client, anyio.create_task_group() as tasks:
         for _ in range(5):
             tasks.start_soon(client.get, "/")
 
 
 async def test_a_block(block, node):
     assert block.pid != node.pid
-    async with httpx.AsyncClient(base_url=block.url) as client:
+    async with httpx.AsyncClient(base_url=block.url, timeout=PATIENCE) as client:
         assert (await client.get("/")).text == f"hello from {block.pid}"

@@ -6,7 +6,7 @@ import socket
 
 import httpx
 import pytest
-from conftest import APPS
+from conftest import APPS, PATIENCE
 
 COMMANDS = {
     "flask": ["flask", "--app", "flask_app", "run", "--port", "{port}"],
@@ -17,7 +17,7 @@ COMMANDS = {
 
 @pytest.fixture
 def client(fastapi_server):
-    with httpx.Client(base_url=fastapi_server.url) as client:
+    with httpx.Client(base_url=fastapi_server.url, timeout=PATIENCE) as client:
         yield client
 
 
@@ -31,11 +31,11 @@ def server(request, portexec_server_any_scope):
 
 
 def test_hello(server):
-    assert httpx.get(server.url).text.startswith("hello from")
+    assert httpx.get(server.url, timeout=PATIENCE).text.startswith("hello from")
 
 
 def test_not_found(server):
-    assert httpx.get(f"{server.url}/no/such/page").status_code in (200, 404)  # two of the applications have one page for all
+    assert httpx.get(f"{server.url}/no/such/page", timeout=PATIENCE).status_code in (200, 404)  # two applications have one page
 
 
 def test_redis(portexec_server):
