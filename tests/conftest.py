@@ -8,9 +8,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support import names
+
+# Continuous integration judges a change, so it tries the same examples each time. By hand each run tries others, to find more.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("PORTEXEC_CI"):
+    hypothesis.settings.load_profile("ci")
 
 collect_ignore = ["suites"]  # which tests/test_suites.py runs
 
