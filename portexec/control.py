@@ -8,7 +8,8 @@
                                                                                       whether nobody had told it to end
                           {"event": "error", "kind": ..., "message": ..., "hint": ..., "about": ...}   about an option
     program -> portexec   {"do": "restart"}                                           stop the tree, start it anew
-                          {"do": "signal", "number": ...}                             send the command this signal
+                          {"do": "signal", "number": ..., "last": ...}                send the command this signal; `true`: no
+                                                                                      start is to follow its end
                           {"do": "kill"}                                              stop the tree by KILL
                           {"do": "stop"}                                              the end of the socket asks for that, too
                           {"do": "let go"}                                            go on alone; no more events are sent
@@ -109,7 +110,7 @@ class Events:
     def __init__(self, fd: int, unsent: bytes = b"") -> None:
         self.is_full = False  # the limit was reached, and an event was dropped
         self._fd = fd
-        self._unsent = unsent
+        self._unsent = bytearray(unsent)  # not bytes, of which each event would copy all that waits
 
     def tell(self, event: str, **fields: object) -> bool:
         """Send an event, as much of it as goes at once. Whether nothing waits. It is no error if the program has gone."""
@@ -122,11 +123,11 @@ class Events:
         """Send what waits, as much of it as goes at once. Whether nothing waits any more."""
         try:
             while self._unsent:
-                self._unsent = self._unsent[_send(self._fd, self._unsent) :]
+                del self._unsent[: _send(self._fd, self._unsent)]
         except BlockingIOError:
             return False
         except OSError:
-            self._unsent = b""
+            self._unsent.clear()
         return True
 
     def finish(self) -> None:
@@ -167,15 +168,16 @@ def error_fields(error: PortexecError) -> dict[str, str]:
 class Request:
     """One request. `asked` is empty where it is not understood.
 
-    `number` is that of a signal, `id` that of a server, and 0 is none.
+    `number` is that of a signal, `id` that of a server, and 0 is none. `is_last`: the command is not to be started again.
     """
 
-    __slots__ = ("asked", "id", "number")
+    __slots__ = ("asked", "id", "is_last", "number")
 
-    def __init__(self, asked: str, number: int = 0, id: int = 0) -> None:
+    def __init__(self, asked: str, number: int = 0, id: int = 0, *, is_last: bool = False) -> None:
         self.asked = asked
         self.number = number
         self.id = id
+        self.is_last = is_last
 
 
 class Requests:
@@ -233,6 +235,7 @@ def _request(line: bytes) -> Request:
         asked if isinstance(asked, str) else "",
         _in_range(request.get("number"), _MAX_SIGNAL),
         _in_range(request.get("id"), _MAX_ID),
+        is_last=request.get("last") is True,
     )
 
 
@@ -300,7 +303,7 @@ def _parsed(line: bytes) -> object:
         return None
 
 
-def _send(fd: int, data: bytes) -> int:
+def _send(fd: int, data: bytearray) -> int:
     """Send what goes at once. The descriptor may be blocking, and stays so: other processes may have it. Raises OSError."""
     end = _socket.socket(fileno=fd)
     try:

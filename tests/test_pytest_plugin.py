@@ -427,10 +427,15 @@ DYING = {
         """,
     "unnoticed": """
         def test_it(portexec_server):
-            kill_and_see(portexec_server(LIGHT))
+            site = portexec_server(LIGHT)
+            ask(site)  # so it has said that it serves
+            kill_and_see(site)
         """,
     "below the command": """
+        import portexec.api.pytest_plugin
+
         def test_it(portexec_server):
+            portexec.api.pytest_plugin._PATIENCE = 60  # for the shell, which may be slow
             ask(portexec_server(["sh", "-c", " ".join(LIGHT) + "; exit 4"]), "/exit/3")
         """,
     "of the session": """
@@ -679,6 +684,7 @@ def test_a_fixture_of_the_same_name_in_another_file_is_another(inner: Inner) -> 
             ask(site)
 
         def test_bad(site):
+            ask(site)  # so it has said that it serves
             assert site.port == 0
         """,
         "test_b.py",

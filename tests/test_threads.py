@@ -17,7 +17,8 @@ from portexec.admission.own import Own
 from portexec.admission.seccomp import Threads
 
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
-TRIES = 300  # other processes begin meanwhile
+TRIES = 300  # other processes begin meanwhile, and one may get the process id and keep it: then another id is tried
+TRIES_OF_ONE = 5
 
 
 @contextmanager
@@ -78,25 +79,32 @@ def test_of_several_processes_each_gives_its_own_and_nothing_is_left() -> None:
 def test_a_process_with_the_id_of_one_that_has_ended_is_not_taken_for_it() -> None:
     threads = Threads()
     try:
-        with socket.socket() as made:
-            pid = os.fork()
-            if pid == 0:
-                while True:
-                    signal.pause()
-            try:
-                assert inode_by(threads, pid, made.fileno()) == os.fstat(made.fileno()).st_ino
-            finally:
-                end(pid)
-            fd = made.fileno()
-        with socket.socket() as later:
-            assert later.fileno() == fd
-            assert any(fork_as(pid) for _ in range(TRIES))
-            try:
-                assert inode_by(threads, pid, fd) == os.fstat(later.fileno()).st_ino
-            finally:
-                end(pid)
+        assert any(is_an_id_used_again(threads) for _ in range(TRIES))
     finally:
         threads.close()
+
+
+def is_an_id_used_again(threads: Threads) -> bool:
+    """Look at a process, and then at another one with its id; False if that cannot be had."""
+    with socket.socket() as made:
+        pid = os.fork()
+        if pid == 0:
+            while True:
+                signal.pause()
+        try:
+            assert inode_by(threads, pid, made.fileno()) == os.fstat(made.fileno()).st_ino
+        finally:
+            end(pid)
+        fd = made.fileno()
+    with socket.socket() as later:
+        assert later.fileno() == fd
+        if not any(fork_as(pid) for _ in range(TRIES_OF_ONE)):
+            return False
+        try:
+            assert inode_by(threads, pid, fd) == os.fstat(later.fileno()).st_ino
+        finally:
+            end(pid)
+    return True
 
 
 def test_a_socket_whose_place_was_taken_is_looked_for_only_when_it_has_to_be() -> None:

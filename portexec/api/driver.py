@@ -448,7 +448,8 @@ class Driver:
         """Send the command a signal, and KILL the tree if that does not end the command in time."""
         with self._changed:
             self._is_end_known = self._is_end_known or not self._is_dying()
-        self._say(control.SIGNAL, number=int(signal or SIGTERM))
+        # Not to be started again, even if we are so slow that the host has the time for that before it hears of the stop.
+        self._say(control.SIGNAL, number=int(signal or SIGTERM), last=True)
         patience = self.kill_after if timeout is None else timeout
         if not await until(self._changed, lambda: self._is_over or self.wait_status is not None, patience):
             self._say(control.KILL)

@@ -260,6 +260,7 @@ class Run:
                     self.stopping.decide(Outcome(0, is_told=True))
                     self.stopping.is_hurried.set()
                 elif request.asked == control.SIGNAL and request.number and self.server.current.is_running():
+                    self.server.is_last = self.server.is_last or request.is_last
                     self.server.current.forward(request.number, ALONE)
 
     # Signals.

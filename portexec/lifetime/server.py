@@ -58,6 +58,7 @@ class Server:
         self.starts: list[Start] = []  # the starts of which something is alive
         self.listeners = list(launch.bound.listeners)
         self.is_ready = Event()  # for the first time
+        self.is_last = False  # a program that is about to stop it has asked for the end of the command
         self.has_given_up = False  # the command has ended too often before it was ready; people were told
         self._ready = self.lifetime.ready_for(launch.choice.hand_off)
         self._asked: dict[str, PortexecError | None] = {}  # what others have asked for, in order
@@ -143,7 +144,7 @@ class Server:
 
     def _is_another_wanted(self, backoff: Backoff) -> bool:
         end = self.current.end
-        if end is None or not is_wanted(self.lifetime.restart, end.wait_status):
+        if end is None or self.is_last or not is_wanted(self.lifetime.restart, end.wait_status):
             return False
         if self._is_left_alone():
             return False

@@ -16,7 +16,7 @@ import pytest
 import portexec
 from portexec.api import watchers
 from tests.support import DEADLINE, get, wait_for
-from tests.support.serving import IN_ASYNC_CODE, LIGHT, describe, greeting, marked, tell
+from tests.support.serving import IN_ASYNC_CODE, LIGHT, SAYS_FIRST, describe, greeting, marked, tell
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -35,6 +35,7 @@ def test_a_restart_after_a_death_has_one_outcome(number: int) -> None:
 def test_a_server_that_died_can_be_started_again(mark: str) -> None:
     with portexec.serve(LIGHT) as server:
         pids = [server.pid]
+        assert get(server.url) == greeting(server)  # so it has said that it serves
         for _ in range(2):
             os.kill(server.pid, signal.SIGKILL)
             server.start()
@@ -56,7 +57,7 @@ def test_a_server_that_died_can_be_started_again(mark: str) -> None:
 
 
 def test_several_threads_start_it_again_once(mark: str) -> None:
-    with ThreadPoolExecutor(4) as pool, portexec.serve(LIGHT) as server:
+    with ThreadPoolExecutor(4) as pool, portexec.serve(SAYS_FIRST) as server:
         server.stop()
         for starting in [pool.submit(server.start) for _ in range(4)]:
             starting.result(DEADLINE)

@@ -17,7 +17,7 @@ from tests.support import DEADLINE, child, get, wait_for
 from tests.support.installed import needs_ipv6
 from tests.support.serving import IN_ASYNC_CODE, LIGHT, ON_FD, ask, describe, greeting, marked, tell
 
-SAYS = 'echo "$0 is loading"; printf "up and "; "$@" & echo running; wait'
+SAYS = 'echo "$0 is loading"; printf "up and "; echo running; exec "$@"'
 
 
 def saying(*words: str) -> list[str]:

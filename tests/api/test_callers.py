@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,8 @@ def test_a_portexec_and_its_shim_that_are_killed_at_once(mark: str) -> None:
     left = marked(mark)
     assert left
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # the kernel has told the command to end, since its shim has
+            os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not marked(mark))
 
 
@@ -175,17 +177,18 @@ def fork():
     pids.append(os.fork())
     if not pids[0]:
         signal.pause()
+forking = threading.Thread(target=fork, daemon=True)
 class Popen(subprocess.Popen):
     def _execute_child(self, *args, **kwargs):  # the pipes are there, the process is not
-        self.forking = threading.Thread(target=fork, daemon=True)
-        self.forking.start()
-        state = f"/proc/self/task/{self.forking.native_id}/stat"
-        while self.forking.is_alive() and open(state).read().rpartition(")")[2].split()[0] != "S":
+        forking.start()
+        state = f"/proc/self/task/{forking.native_id}/stat"
+        while forking.is_alive() and open(state).read().rpartition(")")[2].split()[0] != "S":
             pass
         super()._execute_child(*args, **kwargs)
 subprocess.Popen = Popen
 with portexec.serve(sys.argv[1:]) as server:
     print(server.port, flush=True)
+forking.join()
 os.kill(pids[0], signal.SIGKILL)
 """
 

@@ -113,7 +113,7 @@ import signal, sys, portexec
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-with portexec.serve(sys.argv[1:], kill_after=2) as server:
+with portexec.serve(sys.argv[1:], kill_after=1000) as server:
     pass
 print(server.returncode)
 """

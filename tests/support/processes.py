@@ -29,6 +29,7 @@ STRANGER = 65534  # nobody: the other user of the tests
 # A rule for `refusing`: no netlink. 16 is AF_NETLINK, and has no bit in common with the other families.
 NO_SOCK_DIAG = ["socket", errno.EAFNOSUPPORT, 0, 16]
 NO_PASSPIDFD = ["setsockopt", errno.ENOPROTOOPT, 2, 64]  # SO_PASSPIDFD is 76
+_PROGRESS = re.compile(r"^portexec: note: \d+ s: waiting for .*\n", re.MULTILINE)
 ANNOUNCED = re.compile(r"^portexec: (?:([\w-]+) )?((?:http|udp|unix):\S+)$")
 
 
@@ -50,6 +51,11 @@ def run(*words: str, prefix: Sequence[str] = (), input: str = "", **options: Any
     return subprocess.run(
         [*prefix, *PORTEXEC, *words], input=input, capture_output=True, text=True, timeout=DEADLINE, check=False, **options
     )
+
+
+def without_progress(text: str) -> str:
+    """What portexec wrote, without what it says from time to time when something takes longer than usual."""
+    return _PROGRESS.sub("", text)
 
 
 class Running:

@@ -29,6 +29,8 @@ from tests.support.waiting import DEADLINE
 MARK = "PORTEXEC_TEST_MARK"
 LIGHT = child("light")
 ON_FD = [*LIGHT, "fd={fd}"]
+# LIGHT says that it serves when it listens already, so it may be stopped first. This one has said it before it can be ready.
+SAYS_FIRST = ["sh", "-c", 'echo "serving $$"; exec "$@" >/dev/null', "sh", *LIGHT]
 PACKAGE_HOME = str(Path(portexec.__file__).parent.parent)
 HAND_OFFS = ["fd", "guard", "hold"]
 TOGETHER = pytest.mark.parametrize("hand_off", HAND_OFFS)
@@ -89,11 +91,13 @@ def descriptors() -> dict[int, str]:
 
 
 def describe(pids: set[int]) -> list[str]:
-    """What these processes are, for a message."""
+    """What these processes are, for a message. Those that have ended meanwhile, waited for or not, are left out."""
     found = []
     for pid in sorted(pids):
         with contextlib.suppress(OSError):
-            found.append(f"{pid} {status_of(pid)['State']} {words_of(pid)}")
+            status, words = status_of(pid), words_of(pid)  # the words last: a process that ends in between has none
+            if words:
+                found.append(f"{pid} {status['State']} {words}")
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DEADLINE = 30.0  # seconds after which a wait has failed; nothing is asserted about speed
+LIMITS = (1.0, 5.0, DEADLINE)  # to try one after the other, where what comes before a time limit is too late on a busy machine
 
 
 def wait_for(condition: Callable[[], T]) -> T:
