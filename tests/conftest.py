@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
@@ -56,6 +57,14 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield place
     monkeypatch.setenv(names.VARIABLE, str(place))
     names.kill_all()
+
+
+@pytest.fixture
+def stable_numbers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test beside this one has a stable number meanwhile: two projects may have the same one, or neighbours."""
+    with open(tmp_path_factory.getbasetemp().parent / "stable-numbers.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,7 +20,8 @@ from portexec.names.registry import STOPPING
 from tests.support import DEADLINE, PORTEXEC, descriptors_of, get, is_gone, run, wait_for
 from tests.support.installed import need
 from tests.support.names import LIGHT, ON_FD, Result, detach, entry_of, has_ended, listed, started
-from tests.support.proc import members
+from tests.support.proc import is_caught, members
+from tests.support.processes import without_waiting
 from tests.support.terminals import CTRL_C, on_a_terminal
 
 pytestmark = pytest.mark.usefixtures("registry")
@@ -32,10 +33,17 @@ def starting(*words: str, command: list[str] = SILENT, **options: Any) -> subpro
     """A `--detach` that waits for a server which never serves."""
     options.setdefault("stdout", subprocess.PIPE)
     options.setdefault("stderr", subprocess.PIPE)
-    started_words = [*PORTEXEC, "--detach", "--name", "web", *words, "--", *command]
+    started_words = [*PORTEXEC, "--detach", "--name", "web", "-k", "1m", *words, "--", *command]
     process: subprocess.Popen[str] = subprocess.Popen(started_words, text=True, **options)
     wait_for(lambda: "waiting" in log_of("web"))
+    wait_for(lambda: is_caught(process.pid, signal.SIGTERM))  # else the signal would end it, without a wait
     return process
+
+
+def said_by(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """All that it writes up to its end."""
+    output, errors = process.communicate(timeout=DEADLINE)
+    return output, without_waiting(errors)
 
 
 def log_of(name: str) -> str:
@@ -162,7 +170,7 @@ def test_from_cron() -> None:
         start_new_session=True,
         timeout=DEADLINE,
     )
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, without_waiting(result.stderr)) == (0, "")
     assert get(result.stdout.strip()).startswith("hello from ")
 
 
@@ -172,7 +180,7 @@ def test_inside_of_make() -> None:
     words = " ".join([*PORTEXEC, "--detach", "--name", "web", "--", *LIGHT])
     Path("Makefile").write_text(f"all: one two\none:\n\t+{words}\ntwo:\n\t@echo two\n")
     result = subprocess.run(["make", "-sj4"], capture_output=True, text=True, timeout=DEADLINE)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, without_waiting(result.stderr)) == (0, "")
     url = next(line for line in result.stdout.splitlines() if line.startswith("http"))
     assert "jobserver" not in get(f"{url}/variable/MAKEFLAGS")
 
@@ -190,7 +198,7 @@ def in_a_container(*words: str) -> Result:
 def test_below_the_first_process_of_a_container() -> None:
     script = f"{' '.join([*PORTEXEC])} --detach --name web -- {' '.join(LIGHT)} && {' '.join(PORTEXEC)} --stop web && echo done"
     result = in_a_container("sh", "-c", script)
-    assert result.stderr == "portexec: web has ended\n"
+    assert without_waiting(result.stderr) == "portexec: web has ended\n"
     assert result.stdout.splitlines()[1:] == ["done"]
 
 
@@ -286,7 +294,7 @@ def test_its_end_ends_the_run_that_waits_for_an_env_file(tmp_path: Path) -> None
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process, (tmp_path / "fifo").open("wb"):
         process.terminate()
-        assert process.communicate(timeout=DEADLINE) == ("", "")
+        assert said_by(process) == ("", "")
     assert process.returncode == -signal.SIGTERM
     wait_for(lambda: has_ended("web"))
     assert listed()["web"]["stopped"]
@@ -303,7 +311,7 @@ def test_the_caller_is_told_to_end(number: signal.Signals) -> None:
             wait_for(lambda: has_ended("web"))
         assert is_gone(server)
         assert has_ended("web")
-        assert process.communicate() == ("", "")
+        assert said_by(process) == ("", "")
         assert re.search(r"^web +stopped before it was ready, \d+ s ago ", run("--list").stdout, re.MULTILINE)
         assert listed()["web"]["signal"] == signal.SIGTERM, "of the command, which portexec has told to end"
 
@@ -329,7 +337,7 @@ def test_the_caller_is_told_to_end_when_it_is_ready(moment: str, status: int) ->
     """Its status says whether there is a server."""
     words = [sys.executable, "-c", TOLD_AFTER, moment, "--detach", "--name", "web", "--", *LIGHT]
     result = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE)
-    assert (result.returncode, result.stderr, result.stdout.count("\n")) == (status, "", 1)
+    assert (result.returncode, without_waiting(result.stderr), result.stdout.count("\n")) == (status, "", 1)
     assert has_ended("web") == (status != 0)
 
 
@@ -337,6 +345,7 @@ def test_ctrl_c() -> None:
     words = [*PORTEXEC, "--detach", "--name", "web", "--", *SILENT]
     with on_a_terminal(*words) as (pid, terminal):
         wait_for(lambda: "waiting" in log_of("web"))
+        wait_for(lambda: is_caught(pid, signal.SIGTERM))
         server = last_pid()
         os.write(terminal, CTRL_C)
         assert os.waitpid(pid, 0)[1] == signal.SIGINT
@@ -347,7 +356,7 @@ def test_the_background_is_killed() -> None:
     with starting() as process:
         server = last_pid()
         os.kill(entry_of("web").pid, signal.SIGKILL)
-        _, errors = process.communicate(timeout=DEADLINE)
+        _, errors = said_by(process)
         assert process.returncode == 125
         assert errors.splitlines()[0] == "portexec: error: web could not start: it was killed"
         assert is_gone(server)
@@ -356,7 +365,7 @@ def test_the_background_is_killed() -> None:
 def test_stopped_by_name_while_it_is_waited_for() -> None:
     with starting() as process:
         run("--stop", "web")
-        _, errors = process.communicate(timeout=DEADLINE)
+        _, errors = said_by(process)
         assert process.returncode == -signal.SIGTERM
         assert errors.splitlines()[0] == "portexec: error: web was stopped before it was ready"
 
@@ -442,7 +451,7 @@ def test_one_that_is_stopping_is_waited_for(words: list[str]) -> None:
         assert process.stderr is not None
         assert process.stderr.readline() == "portexec: note: web is stopping; waiting for its end\n"
         os.kill(old.command_pid, signal.SIGKILL)
-        url, errors = process.communicate(timeout=DEADLINE)
+        url, errors = said_by(process)
         assert (process.returncode, errors) == (0, "")
     assert get(url.strip()) == f"hello from {entry_of('web').command_pid}"
     assert not entry_of("web").is_same_run(old)

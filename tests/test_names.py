@@ -9,9 +9,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 
 import portexec
 from portexec import options, project, say
+from portexec.cli import main
 from portexec.command.execute import OPTION_WORDS
 from portexec.names import listing, naming, stop, wait
 from portexec.names import registry as registries
@@ -26,6 +28,9 @@ from portexec.names.registry import ENDED, READY, STARTING, STOPPING, Entry
 from portexec.project import digest
 from tests.support import DEADLINE, PORTEXEC, Running, get, is_gone, run, running, wait_for
 from tests.support.names import LIGHT, ON_FD, VARIABLE, detach, entry_of, has_ended, listed, started
+from tests.support.proc import state
+from tests.support.processes import without_waiting
+from tests.support.terminals import terminal_with
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -33,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("registry")
 @contextmanager
 def named(name: str, *words: str, command: Sequence[str] = tuple(LIGHT)) -> Iterator[Running]:
     """A run with a name, in the foreground, that is ready."""
-    with running("--name", name, *words, "--", *command) as process:
+    with running("--name", name, "-k", "1m", *words, "--", *command) as process:
         wait_for(lambda: entry_of(name).is_ready)
         yield process
 
@@ -240,7 +245,8 @@ def test_url_waits_for_one_that_is_yet_to_come() -> None:
         assert asking.stderr is not None
         assert asking.stderr.readline() == "portexec: note: web does not run (nothing runs); waiting for it to start\n"
         url = started("web")
-        assert asking.communicate(timeout=DEADLINE) == (url + "\n", "")
+        output, errors = asking.communicate(timeout=DEADLINE)
+        assert (output, without_waiting(errors)) == (url + "\n", "")
         assert asking.returncode == 0
 
 
@@ -309,19 +315,18 @@ def test_one_that_is_stopping_is_none_that_runs(other: str) -> None:
     claim.let_go()
 
 
-SLEEPS = {"x86_64": "230 ", "aarch64": "115 "}  # how /proc/PID/syscall begins in clock_nanosleep(2)
-
-
 @pytest.mark.once
-def test_a_pid_means_one_run() -> None:
+def test_a_pid_means_one_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Another run of its name has another pid."""
     claim = registries.claim(entry("web", project=str(Path.cwd()), state=STARTING), os.environ)
-    with subprocess.Popen([*PORTEXEC, "--url", str(os.getpid())], stderr=subprocess.PIPE, text=True) as asking:
-        wait_for(lambda: Path(f"/proc/{asking.pid}/syscall").read_text().startswith(SLEEPS[os.uname().machine]))
+
+    def end() -> None:
         claim.tell_ended(3 << 8)
         claim.let_go()
-        _, errors = asking.communicate(timeout=DEADLINE)
-    assert (asking.returncode, errors) == (125, "portexec: error: web ended before it was ready: exit status 3\n")
+
+    instead_of_pauses(monkeypatch, end)
+    assert main(["--url", str(os.getpid())]) == 125
+    assert capfd.readouterr() == ("", "portexec: error: web ended before it was ready: exit status 3\n")
 
 
 @pytest.mark.once
@@ -391,17 +396,22 @@ def test_url_of_what_ends_before_it_is_ready() -> None:
 def test_who_waits_is_told_for_what(registry: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """For `--url`, `--stop` and a second start alike, and for `--detach`: after 5 s, 15 s and so on; here at once."""
     assert list(islice(say.moments(), 6)) == [5, 15, 30, 60, 120, 180]
-    monkeypatch.setattr(say, "_MOMENTS", (0, DEADLINE))
+    monkeypatch.setattr(say, "_MOMENTS", (0, 2 * DEADLINE))
     told = "portexec: note: 0 s: waiting for web to {}\n"
-    claim = registries.claim(entry("web", state=STARTING), os.environ)
-    run = claim.entry
     for is_quiet in (False, True):
-        with pytest.raises(portexec.NotReady):
-            wait.until_ready("web", wait.last_of(run), 0.02, run=run, is_quiet=is_quiet)
+        claim = registries.claim(entry("web", state=STARTING), os.environ)
+        run = claim.entry
+        instead_of_pauses(monkeypatch, partial(claim.tell_ready, 0, []))
+        assert wait.until_ready("web", wait.last_of(run), DEADLINE, run=run, is_quiet=is_quiet).is_ready
         assert capfd.readouterr().err == ("" if is_quiet else told.format("be ready"))
-        assert wait.until_over(run, 0.02, wait.reporter("web to end", is_quiet=is_quiet)) is not None
+        instead_of_pauses(monkeypatch, claim.let_go)
+        assert wait.until_over(run, DEADLINE, wait.reporter("web to end", is_quiet=is_quiet)) is None
         assert capfd.readouterr().err == ("" if is_quiet else told.format("end"))
-    claim.let_go()
+
+
+def instead_of_pauses(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Have this happen between two looks. So there are two looks, however slow the machine is."""
+    monkeypatch.setattr(wait, "pauses", lambda: act)
 
 
 # States
@@ -539,7 +549,9 @@ def test_stop_of_one_that_is_stopping() -> None:
 
 def test_stop_of_one_that_ctrl_z_has_stopped() -> None:
     started("web")
-    os.kill(entry_of("web").pid, signal.SIGSTOP)
+    pid = entry_of("web").pid
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: state(pid) == "T")
     assert run("--stop", "web").stderr == "portexec: web has ended\n"
 
 
@@ -582,6 +594,9 @@ def test_killed(who: str) -> None:
     entry = entry_of("web")
     shim = int(Path(f"/proc/{entry.command_pid}/stat").read_text().rpartition(")")[2].split()[1])
     pids = {"front": [entry.pid], "shim": [shim], "both": [entry.pid, shim]}[who]
+    if who == "both":  # at once: the shim would end by itself after the front
+        os.kill(shim, signal.SIGSTOP)
+        wait_for(lambda: state(shim) == "T")
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: has_ended("web"))
@@ -685,10 +700,11 @@ def test_commands_are_shown_as_one_writes_them() -> None:
         (23, ["web"]),
     ],
 )
-def test_the_table_fits_the_terminal(width: int | None, columns: list[str]) -> None:
+def test_the_table_fits_the_terminal(width: int | None, columns: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """First the command is left out, then the address for browsers, then both, at last the pid, and then the columns."""
-    found = [entry("web", since=time.time(), command=["x" * 300]), entry("other", listeners=[])]
-    found += [entry("long", state=ENDED, is_alive=False, since=time.time(), wait_status=0, command=["y"])]
+    monkeypatch.setattr(listing, "age", lambda _: "0 s")  # not 10 s, which is wider
+    found = [entry("web", command=["x" * 300]), entry("other", listeners=[])]
+    found += [entry("long", state=ENDED, is_alive=False, wait_status=0, command=["y"])]
     lines = listing.table(found, "/p", width).splitlines()
     assert re.split("  +", lines[0]) == columns
     assert width is None or max(map(len, lines)) <= width
@@ -760,8 +776,8 @@ def test_a_person_is_told_the_address_for_browsers() -> None:
 
 def on_terminal(words: str) -> str:
     """What a line of shell shows on a terminal."""
-    words_of_script = ["script", "-qec", words, "/dev/null"]
-    return subprocess.run(words_of_script, capture_output=True, text=True, timeout=DEADLINE).stdout.strip()
+    with terminal_with("/bin/sh", "-c", words) as terminal:
+        return without_waiting(terminal.rest().replace("\r\n", "\n")).strip()
 
 
 # Logs
@@ -1131,6 +1147,7 @@ def test_a_dry_run_claims_nothing(registry: Path) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.usefixtures("stable_numbers")
 def test_a_dry_run_knows_who_has_the_name() -> None:
     """It says so before it says that the number is in use, as the run does."""
     url = started("web", "-l", "stable")
@@ -1164,16 +1181,21 @@ def test_json_of_an_empty_list() -> None:
     assert run("--list").stdout == "NAME  STATE  ADDRESS  COMMAND\n"
 
 
+@pytest.fixture
+def in_reach() -> Iterator[Path]:
+    """A directory in which others can have a home. Not the one of pytest: each pytest that begins shuts it to them."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        Path(place).chmod(0o755)
+        yield Path(place)
+
+
 @pytest.mark.root
-def test_a_stranger_in_tmp_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_a_stranger_in_tmp_is_in_nobodys_way(in_reach: Path) -> None:
     """Unless that is the only place where a registry can be."""
     homeless = 61234  # a user without a home of their own
-    place, home = Path(f"/tmp/portexec-{homeless}"), tmp_path / "home"
+    place, home = Path(f"/tmp/portexec-{homeless}"), in_reach / "home"
     home.mkdir()
     os.chown(home, homeless, homeless)
-    for parent in [tmp_path, *tmp_path.parents]:
-        if not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o001)
     place.mkdir(0o700)
     try:
         os.chown(place, 65534, 65534)
@@ -1195,15 +1217,12 @@ def test_a_stranger_in_tmp_is_in_nobodys_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_run_is_listed_once_though_it_has_been_in_two_registries(tmp_path: Path) -> None:
+def test_a_run_is_listed_once_though_it_has_been_in_two_registries(in_reach: Path) -> None:
     """One of its runs was started where the home could not be written to."""
     homeless = 61235
-    home = tmp_path / "home"
+    home = in_reach / "home"
     home.mkdir()
     os.chown(home, homeless, homeless)
-    for parent in [tmp_path, *tmp_path.parents]:
-        if not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o001)
     try:
         assert as_user(homeless, {}) == as_user(homeless, {"HOME": str(home)}) == ["", "web"]
         (in_tmp,) = Path(f"/tmp/portexec-{homeless}").iterdir()

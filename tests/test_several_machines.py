@@ -67,13 +67,13 @@ def test_etcd(machines: list[list[str]], tmp_path: Path) -> None:
         with recipe.serving("portexec", on=first) as server:
             told = server.url()
             assert told.startswith("http://node1:")
-            assert wait_for(lambda: recipe.end_of(look, on=second).stdout) == f"{told}\n"
+            wait_for(lambda: recipe.end_of(look, on=second).stdout == f"{told}\n")
             server.stop()
         assert recipe.run("etcdctl get", on=second) == ""
         recipe.left = [start.replace("python3 -m http.server {port}", " ".join([*child("light"), "host=0.0.0.0"]))]
         with recipe.serving("portexec", on=first) as server:
             told = server.url()
-            assert wait_for(lambda: recipe.end_of(look, on=second).stdout) == f"{told}\n"
+            wait_for(lambda: recipe.end_of(look, on=second).stdout == f"{told}\n")
             recipe.end_of(f"curl -s {told}/exit/3", on=second)
             server.line("^portexec: error: the server ended before the tests did: exit status 3$")
             assert server.process.wait(DEADLINE) == 125

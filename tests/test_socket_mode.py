@@ -47,7 +47,8 @@ def test_a_socket_that_is_made_anew_has_it_too() -> None:
 
 
 def test_it_is_for_all_unix_sockets_with_a_path() -> None:
-    words = ["--socket-mode", "600", "-l", "a=unix:a", "-l", "b=unix:b", "-l", "c=unix:@portexec-test-mode", "-l", "0"]
+    abstract = f"c=unix:@portexec-test-mode-{os.getpid()}"  # a name that all who run these tests would share
+    words = ["--socket-mode", "600", "-l", "a=unix:a", "-l", "b=unix:b", "-l", abstract, "-l", "0"]
     assert run("-q", *words, "--", "true").returncode == 0
     assert {stat.S_IMODE(os.stat(name).st_mode) for name in "ab"} == {0o600}
 

@@ -29,7 +29,7 @@ from portexec.lifetime.log import Log
 from portexec.names import registry
 from portexec.names.naming import for_browsers
 from portexec.names.registry import Claim, absolute
-from portexec.names.wait import AT_LAST, addresses, reporter
+from portexec.names.wait import AT_LAST, addresses, reporter, until_over
 from portexec.plainjson import dumps, loads
 from portexec.request import Request
 from portexec.say import is_own, print_out, say, say_again, say_error, say_output
@@ -100,6 +100,7 @@ class Waiting:
 
     def __init__(self, request: Request, claim: Claim, socket: _socket.socket, log: Log) -> None:
         self.name = request.name
+        self._run = claim.entry
         self.project = claim.entry.project
         self.specs = request.specs
         self.socket = socket
@@ -160,8 +161,15 @@ class Waiting:
         deadline = time.monotonic() + seconds
         while self._poll.poll(1000 * max(0.0, deadline - time.monotonic())):
             if not self.socket.recv(_AT_ONCE):
-                return True
+                return self._is_free_within(max(0.0, deadline - time.monotonic()))
         return False
+
+    def _is_free_within(self, seconds: float) -> bool:
+        """Wait until the name is free; whether that was so in time. A process that ends may close its lock after the socket."""
+        try:
+            return until_over(self._run, seconds, lambda: None) is None
+        except PortexecError:
+            return True  # nobody can know
 
     def _wait(self) -> list[dict[str, object]] | None:
         """The listeners of the run when it is ready; None when nothing is left of it."""
@@ -182,6 +190,7 @@ class Waiting:
                     return absolute(event["listeners"])
                 self._take(event)
             if not data:
+                self._is_free_within(AT_LAST)
                 return None
 
     def _pass_on(self) -> None:
@@ -227,6 +236,7 @@ class Waiting:
     def _fail(self) -> int:
         """Say why the run has ended. Returns the exit status for it, or ends by the signal that the command died of."""
         status = self._wait_status
+        self._pass_on()
         error = self._error or PortexecError(self._why())
         say_error(error)
         lines = [line for line in self.log.last_lines() if line not in self._said]

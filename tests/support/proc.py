@@ -52,6 +52,11 @@ def is_pending(pid: int, number: signal.Signals) -> bool:
     return bool(int(status_of(pid)["ShdPnd"], 16) >> (number - 1) & 1)
 
 
+def is_caught(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for a signal."""
+    return bool(int(status_of(pid)["SigCgt"], 16) >> (number - 1) & 1)
+
+
 def children_of(pid: int) -> list[int]:
     """The children of its first thread."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -29,7 +29,8 @@ STRANGER = 65534  # nobody: the other user of the tests
 # A rule for `refusing`: no netlink. 16 is AF_NETLINK, and has no bit in common with the other families.
 NO_SOCK_DIAG = ["socket", errno.EAFNOSUPPORT, 0, 16]
 NO_PASSPIDFD = ["setsockopt", errno.ENOPROTOOPT, 2, 64]  # SO_PASSPIDFD is 76
-_PROGRESS = re.compile(r"^portexec: note: \d+ s: waiting for .*\n", re.MULTILINE)
+# What portexec says from time to time while it waits, the first time after 5 s.
+_WAITING = re.compile(r"^portexec: note: \d+ s: waiting for .*\n", re.MULTILINE)
 ANNOUNCED = re.compile(r"^portexec: (?:([\w-]+) )?((?:http|udp|unix):\S+)$")
 
 
@@ -48,14 +49,16 @@ def refusing(*rules: Sequence[object]) -> list[str]:
 
 def run(*words: str, prefix: Sequence[str] = (), input: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
     """Run portexec with these words to its end, below the program that `prefix` names."""
-    return subprocess.run(
+    done = subprocess.run(
         [*prefix, *PORTEXEC, *words], input=input, capture_output=True, text=True, timeout=DEADLINE, check=False, **options
     )
+    done.stderr = without_waiting(done.stderr)
+    return done
 
 
-def without_progress(text: str) -> str:
-    """What portexec wrote, without what it says from time to time when something takes longer than usual."""
-    return _PROGRESS.sub("", text)
+def without_waiting(errors: str) -> str:
+    """What portexec wrote, without the lines that are there only where the machine was slow."""
+    return _WAITING.sub("", errors)
 
 
 class Running:
