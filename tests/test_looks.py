@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import child, get, run, running
+from tests.support import Running, child, get, run, running
 from tests.support.installed import needs_ipv6, program
 from tests.support.processes import read_line, tell
 
@@ -51,7 +51,7 @@ def test_a_second_line_gives_the_address_where_the_announced_one_does_not_lead()
 def test_there_is_no_second_line_where_the_first_one_leads() -> None:
     """A server on all addresses of both families is at the announced one, too. What ends it is told after that line's time."""
     done = run("-H", "guard", "--then", "curl -sS {url}; exec sleep 0.3", "--", program("node"), LOOKS, "::", "0")
-    assert (done.stdout, done.stderr.count("portexec: ")) == ("served on ::\n", 1)
+    assert (done.stdout, done.stderr.count("portexec: http")) == ("served on ::\n", 1)
 
 
 @pytest.mark.parametrize("looks", [["127.0.0.1"], ["0.0.0.0", "::"]], ids=" ".join)
@@ -63,23 +63,34 @@ def test_a_look_is_not_taken_for_the_server_with_hold_either(looks: list[str]) -
 
 
 def test_a_listener_that_stays_for_a_moment_is_a_look_with_hold() -> None:
-    """It is found while it listens, and its process rests; but not twice in the same sleep."""
+    """It is found while it listens, and its process rests; but not twice in the same sleep. What stays longer is no look."""
     script = (
         "import os, socket, sys, time, http.server as h\n"
         "port, look = int(os.environ['PORT']), socket.socket()\n"
         "look.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1), look.bind(('127.0.0.1', port)), look.listen()\n"
+        "begin = time.monotonic()\n"
         "for _ in range(10): time.sleep(0.004)\n"
-        "look.close(), print('looked', flush=True), sys.stdin.readline()\n"
+        "look.close(), print('looked' if time.monotonic() - begin < 0.2 else 'late', flush=True), sys.stdin.readline()\n"
         "h.HTTPServer(('127.0.0.1', port), h.SimpleHTTPRequestHandler).serve_forever()\n"
     )
     words = ["-q", "--ready-fd", "1", "-H", "hold", "--", sys.executable, "-c", script]
-    with running(*words, stdin=subprocess.PIPE) as started:
-        assert started.process.stdout is not None
-        assert started.process.stdin is not None
-        assert started.process.stdout.readline() == "looked\n"  # else it was ready before
-        started.process.stdin.write("\n")
-        started.process.stdin.flush()
-        assert json.loads(started.process.stdout.readline())["hand_off"] == "hold"
+    while True:
+        with running(*words, stdin=subprocess.PIPE) as started:
+            if has_looked(started):
+                tell(started.process, "")
+                assert json.loads(read_line(started.process))["hand_off"] == "hold"
+                return
+
+
+def has_looked(started: Running) -> bool:
+    """Whether it has looked, before portexec has said that it is ready. False if it had to wait too long for a processor."""
+    lines = [read_line(started.process)]
+    if lines not in (["looked"], ["late"]):
+        lines.append(read_line(started.process))  # it was ready before
+    if lines[-1] == "late":
+        return False
+    assert lines == ["looked"]
+    return True
 
 
 @pytest.mark.parametrize("busy", [[], ["busy"]], ids=["idle", "busy"])
@@ -107,6 +118,7 @@ def opened(name):
     made.listen()
     return made
 count = int(sys.argv[1])
+begin = time.monotonic()
 served = [opened(f"S{number}") for number in range(count)]
 looks = [opened(f"L{number}") for number in range(count)]
 if sys.argv[2:] == ["slowly"]:
@@ -114,7 +126,7 @@ if sys.argv[2:] == ["slowly"]:
         time.sleep(0.004)
 for look in looks:
     look.close()
-print("looked", flush=True)
+print("late" if sys.argv[2:] and time.monotonic() - begin > 0.2 else "looked", flush=True)
 sys.stdin.readline()
 looks = [opened(f"L{number}") for number in range(count)]
 signal.pause()
@@ -141,10 +153,12 @@ def test_of_many_listeners_of_one_thread_each_is_told_that_is_a_servers() -> Non
 @pytest.mark.parametrize("hand_off", ["guard", "hold"])
 def test_one_listener_of_many_that_was_a_look_is_waited_for(hand_off: str) -> None:
     how = ["slowly"] if hand_off == "hold" else []
-    with running("-q", "--ready-fd", "1", "-H", hand_off, *many(2, *how), stdin=subprocess.PIPE) as started:
-        assert read_line(started.process) == "looked"  # else it was ready before
-        tell(started.process, "")
-        assert len(json.loads(read_line(started.process))["listeners"]) == 4
+    while True:
+        with running("-q", "--ready-fd", "1", "-H", hand_off, *many(2, *how), stdin=subprocess.PIPE) as started:
+            if has_looked(started):
+                tell(started.process, "")
+                assert len(json.loads(read_line(started.process))["listeners"]) == 4
+                return
 
 
 def test_a_command_that_looks_and_crashes_is_started_five_times_and_then_given_up() -> None:

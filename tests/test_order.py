@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import DEADLINE, child, is_gone, kill_group, read_line, tell, wait_for
-from tests.support.proc import children_of, is_pending, state
+from tests.support.proc import children_of, is_at_rest, is_pending, state
 from tests.support.processes import stop_where_it_waits
 
 pytestmark = pytest.mark.once
@@ -69,9 +69,9 @@ def shim_of(process: subprocess.Popen[str]) -> int:
 
 
 def wait_until_told(process: subprocess.Popen[str]) -> None:
-    """Wait until the command has ended, and the shim has told so: it sleeps again, and has no child any more."""
+    """Wait until the command has ended, and the shim has told so: it is at rest again, and has no child any more."""
     shim = shim_of(process)
-    wait_for(lambda: not children_of(shim) and state(shim) == "S")
+    wait_for(lambda: not children_of(shim) and is_at_rest(shim))
 
 
 def go_on(pid: int) -> None:
@@ -117,7 +117,7 @@ def test_the_end_counts_before_an_admitted_listen() -> None:
         next(line for line in process.stderr if line.startswith("portexec: the command listens on "))
         left = int(read_line(process))
         tell(process, "end")
-        wait_for(lambda: not Path(f"/proc/{command}").exists() and state(shim_of(process)) == "S")
+        wait_for(lambda: not Path(f"/proc/{command}").exists() and is_at_rest(shim_of(process)))
         go_on(process.pid)
         assert next(told) == ("ended", 0)
         os.kill(left, signal.SIGKILL)  # it ignores TERM
@@ -193,7 +193,7 @@ def test_a_replacement_that_is_asked_for_before_the_start_is_told(tmp_path: Path
     with stopping(SHIM, "-q", "-H", "fd", "--ready", "none", "--restart", "always", "--", *server) as process:
         wait_for(lambda: report.read_text() and is_stopped(shim_of(process)))
         process.send_signal(signal.SIGHUP)
-        wait_for(lambda: not is_pending(process.pid, signal.SIGHUP) and state(process.pid) == "S")
+        wait_for(lambda: not is_pending(process.pid, signal.SIGHUP) and is_at_rest(process.pid))
         go_on(shim_of(process))
         wait_for(lambda: report.read_text() == 2 * "started\n")
 

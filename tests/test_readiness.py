@@ -42,10 +42,12 @@ from tests.support import (
     running,
     status_of,
     wait_for,
+    within,
 )
 from tests.support.installed import program
 from tests.support.network import connect, port_of
 from tests.support.obedience import BY_NUMBER, HAND_OFFS, Server, launched, serving
+from tests.support.proc import is_at_rest
 from tests.support.processes import NO_PASSPIDFD, NO_SOCK_DIAG, refusing, stop_where_it_waits
 
 pytestmark = pytest.mark.once
@@ -224,7 +226,7 @@ def test_what_has_ended_is_not_ready_any_more() -> None:
             stop_where_it_waits(server.process.pid)
             server.do("accept PORT", "exit 3")
             assert wait_for(lambda pid=server.pid: not Path(f"/proc/{pid}").exists())  # type: ignore[misc]
-            assert wait_for(lambda pid=parent: status_of(pid)["State"][0] in "SZ")  # type: ignore[misc]  # it has told
+            assert wait_for(lambda pid=parent: is_at_rest(pid))  # type: ignore[misc]  # it has told
             server.process.send_signal(signal.SIGCONT)
             server.started.line("^portexec: note: the command ended before it was ready: exit status 3$")
             assert server.ended() == 3
@@ -321,7 +323,9 @@ def test_a_unix_socket_whose_backlog_is_full(tmp_path: Path) -> None:
     path = f"unix:{tmp_path}/s"
     with launched("--lazy", "-b", "1", "-l", path, "-H", "fd", "--ready", "accept") as server:
         server.started.url()
+        stop_where_it_waits(server.process.pid)  # the first client starts it, and its own connection may be no second one
         with connect(path), connect(path):
+            server.process.send_signal(signal.SIGCONT)
             server.comes_up()
             server.listens("fd")
             assert server.says("pending PORT 2") == "waiting 2"
@@ -386,12 +390,16 @@ def test_http_with_a_path_and_a_status_that_is_an_answer(status: int) -> None:
 
 def test_http_is_asked_less_and_less() -> None:
     """Each GET is a line in a server's log. In two seconds there is time for 13, and for 30 with the pause of the first."""
-    done = run("--ready", "http:/status/503", "--ready-timeout", "2s", "--", *child("light"), "log")
-    *log, error, hint = done.stderr.splitlines()
-    assert done.returncode == 124
-    assert 1 < log.count("GET /status/503") < 15
-    assert error.endswith("/status/503 with 2xx or 3xx; it answered with status 503")
-    assert hint == "portexec: hint: --ready http:PATH asks for another path, --ready listen waits for no answer"
+
+    def attempt(seconds: int) -> None:
+        done = run("--ready", "http:/status/503", "--ready-timeout", f"{seconds}s", "--", *child("light"), "log")
+        *log, error, hint = done.stderr.splitlines()
+        assert done.returncode == 124
+        assert 1 < log.count("GET /status/503") < 7.5 * seconds
+        assert error.endswith("/status/503 with 2xx or 3xx; it answered with status 503")
+        assert hint == "portexec: hint: --ready http:PATH asks for another path, --ready listen waits for no answer"
+
+    within(2, attempt)
 
 
 def test_http_with_informational_answers_first() -> None:
@@ -540,7 +548,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_https_is_asked_over_tls_and_so_is_its_url(form: str, certificate: str) -> None:
     words = ["--ready", form, "--then", "curl -skS {url}", "--", *child("secure"), certificate]
     done = run(*words)
-    announced, *rest = done.stderr.splitlines()
+    announced, *rest = (line for line in done.stderr.splitlines() if " s: waiting for " not in line)  # as on a busy machine
     assert (done.returncode, done.stdout, rest) == (0, "secure\n", [])
     assert announced.startswith("portexec: https://127.0.0.1:")
 
@@ -558,29 +566,38 @@ def test_https_is_asked_over_tls_and_so_is_its_url(form: str, certificate: str) 
     ],
 )
 def test_a_server_with_tls_that_is_asked_in_the_wrong_way(form: str, said: str, hint: str, certificate: str) -> None:
-    done = run("--ready", form, "--ready-timeout", "3s", "--", *child("secure"), certificate)
-    announced, error, hinted = done.stderr.splitlines()
-    assert done.returncode == 124
-    place = announced.rpartition("/")[2]
-    assert error == f"portexec: error: the command was not ready after 3 s: it did not answer {said.format(place)}"
-    assert hinted == f"portexec: hint: {hint}"
+    def attempt(seconds: int) -> None:
+        done = run("--ready", form, "--ready-timeout", f"{seconds}s", "--", *child("secure"), certificate)
+        announced, *_, error, hinted = done.stderr.splitlines()
+        assert done.returncode == 124
+        place = announced.rpartition("/")[2]
+        assert error == f"portexec: error: the command was not ready after {seconds} s: it did not answer {said.format(place)}"
+        assert hinted == f"portexec: hint: {hint}"
+
+    within(3, attempt)
 
 
 def test_https_where_there_is_no_tls() -> None:
-    with serving("--ready", "https", "-H", "guard", "--ready-timeout", "3s") as server:
-        server.listens("guard")
-        server.do("accept PORT")
-        server.started.line("/ with a status under 500; it does not speak TLS there$")
-        server.started.line("^portexec: hint: --ready http asks without TLS$")
-        assert server.process.wait(DEADLINE) == 124
+    def attempt(seconds: int) -> None:
+        with serving("--ready", "https", "-H", "guard", "--ready-timeout", f"{seconds}s") as server:
+            server.listens("guard")
+            server.do("accept PORT")
+            server.started.line("/ with a status under 500; it does not speak TLS there$")
+            server.started.line("^portexec: hint: --ready http asks without TLS$")
+            assert server.process.wait(DEADLINE) == 124
+
+    within(3, attempt)
 
 
 def test_https_with_a_server_that_hangs_up() -> None:
-    with serving("--ready", "https", "-H", "guard", "--ready-timeout", "3s") as server:
-        server.listens("guard")
-        server.do("reset PORT", "reset PORT")
-        server.started.line("; it closed the connection when it was asked for TLS$")
-        assert server.process.wait(DEADLINE) == 124
+    def attempt(seconds: int) -> None:
+        with serving("--ready", "https", "-H", "guard", "--ready-timeout", f"{seconds}s") as server:
+            server.listens("guard")
+            server.do("reset PORT", "reset PORT")
+            server.started.line("; it closed the connection when it was asked for TLS$")
+            assert server.process.wait(DEADLINE) == 124
+
+    within(3, attempt)
 
 
 def test_the_modules_of_readiness_are_imported_for_their_form_only() -> None:
@@ -935,20 +952,31 @@ def test_no_time_at_all() -> None:
 
 
 def test_what_the_command_said_last_is_told() -> None:
-    with serving("--ready", "notify", "--ready-timeout", "3s", "-H", "fd") as server:
-        server.do("notify STATUS=loading 3 of 7")
-        server.started.line(r"not ready after 3 s: it did not send READY=1 to \$NOTIFY_SOCKET \(it says: loading 3 of 7\)$")
-        assert server.process.wait(DEADLINE) == 124
+    def attempt(seconds: int) -> None:
+        with serving("--ready", "notify", "--ready-timeout", f"{seconds}s", "-H", "fd") as server:
+            server.do("notify STATUS=loading 3 of 7")
+            server.started.line(
+                r"not ready after \d+ s: it did not send READY=1 to \$NOTIFY_SOCKET \(it says: loading 3 of 7\)$"
+            )
+            assert server.process.wait(DEADLINE) == 124
+
+    within(3, attempt)
 
 
 def test_only_what_is_missing_is_named() -> None:
     """And the number that the command has instead, but none that is probably for the command itself."""
-    with serving("-l", "web=0", "-l", "admin=0", "--ready", "listen", "--ready-timeout", "3s", "-H", "guard") as server:
-        _, admin = (server.started.url().partition("//")[2] for _ in range(2))
-        for key, host in (("WEB_PORT", "127.0.0.1"), ("HELPERS", "127.0.0.1"), ("OTHER", "0.0.0.0")):
-            server.do(f"bind {key} {host}", f"listen {key}")
-        server.started.line(rf"it did not listen on admin \({re.escape(admin)}\); it listens on port \d+$")
-        server.started.line("^portexec: hint: pass the number in its words as {admin.port}$")
+
+    def attempt(seconds: int) -> None:
+        with serving(
+            "-l", "web=0", "-l", "admin=0", "--ready", "listen", "--ready-timeout", f"{seconds}s", "-H", "guard"
+        ) as server:
+            _, admin = (server.started.url().partition("//")[2] for _ in range(2))
+            for key, host in (("WEB_PORT", "127.0.0.1"), ("HELPERS", "127.0.0.1"), ("OTHER", "0.0.0.0")):
+                server.do(f"bind {key} {host}", f"listen {key}")
+            server.started.line(rf"it did not listen on admin \({re.escape(admin)}\); it listens on port \d+$")
+            server.started.line("^portexec: hint: pass the number in its words as {admin.port}$")
+
+    within(3, attempt)
 
 
 INNER, OUTER = "127.0.0.1", "0.0.0.0"
@@ -964,15 +992,21 @@ def test_the_number_that_it_has_instead_is_named(words: list[str], hosts: list[s
 
     On the loopback interface it may be for the command itself, which is better than none.
     """
-    script = (
-        "import signal, socket, sys; all = [socket.create_server((host, 0)) for host in sys.argv[1:]]; "
-        "print(all[0].getsockname()[1], flush=True); signal.pause()"
-    )
-    done = run(*words, "-q", "--ready-timeout", "2s", "--then", "true", "--", sys.executable, "-S", "-c", script, *hosts)
-    error, hint = (line for line in done.stderr.splitlines() if line.startswith("portexec:"))
-    assert done.returncode == 124
-    assert error.endswith(f"; it listens on port {done.stdout.strip() or done.stderr.split()[0]}")
-    assert hint == "portexec: hint: pass the number in its words as {port}"
+
+    def attempt(seconds: int) -> None:
+        script = (
+            "import signal, socket, sys; all = [socket.create_server((host, 0)) for host in sys.argv[1:]]; "
+            "print(all[0].getsockname()[1], flush=True); signal.pause()"
+        )
+        done = run(
+            *words, "-q", "--ready-timeout", f"{seconds}s", "--then", "true", "--", sys.executable, "-S", "-c", script, *hosts
+        )
+        error, hint = (line for line in done.stderr.splitlines() if line.startswith("portexec:"))
+        assert done.returncode == 124
+        assert error.endswith(f"; it listens on port {done.stdout.strip() or done.stderr.split()[0]}")
+        assert hint == "portexec: hint: pass the number in its words as {port}"
+
+    within(2, attempt)
 
 
 ANY = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])  # the first that the system chooses
@@ -994,15 +1028,19 @@ def test_the_likeliest_number_of_a_server(found: dict[int, str], expected: list[
 
 def test_a_server_that_never_answers() -> None:
     """Whether it has taken the connection is said, since much else follows from that."""
-    words = ["--ready", "http", "--ready-timeout", "4s"]  # in which the other one has to come up, too
-    with serving("-H", "fd", *words) as server, serving("-H", "guard", *words) as deaf:
-        deaf.listens("guard")
-        server.listens("fd")
-        server.do("keep PORT")
-        deaf.started.line("it did not answer GET .*; it listens there and has taken no connection$")
-        server.started.line("not ready after 4 s: it did not answer GET .*; it took the connection and sent nothing$")
-        server.started.line("^portexec: hint: --ready-timeout gives it more time, --ready accept waits for no answer$")
-        assert server.process.wait(DEADLINE) == 124
+
+    def attempt(seconds: int) -> None:
+        words = ["--ready", "http", "--ready-timeout", f"{seconds}s"]  # in which the other one has to come up, too
+        with serving("-H", "fd", *words) as server, serving("-H", "guard", *words) as deaf:
+            deaf.listens("guard")
+            server.listens("fd")
+            server.do("keep PORT")
+            deaf.started.line("it did not answer GET .*; it listens there and has taken no connection$")
+            server.started.line(r"not ready after \d+ s: it did not answer GET .*; it took the connection and sent nothing$")
+            server.started.line("^portexec: hint: --ready-timeout gives it more time, --ready accept waits for no answer$")
+            assert server.process.wait(DEADLINE) == 124
+
+    within(4, attempt)
 
 
 # What a person sees meanwhile

@@ -28,7 +28,7 @@ from portexec.binding.spec import parse_listen
 from portexec.binding.succession import Succession
 from portexec.binding.tables import connections_to as known_connections
 from portexec.lifetime.waits import is_awaited
-from tests.support import DEADLINE, Running, child, descriptors_of, get, running, status_of, wait_for
+from tests.support import DEADLINE, Running, child, descriptors_of, get, is_gone, running, status_of, wait_for
 from tests.support.installed import APPS, need
 from tests.support.network import THEFTS, connect, steal
 
@@ -425,17 +425,19 @@ def test_told_to_stop_in_the_middle_both_end(tmp_path: Path) -> None:
     """The new one hangs in its import, so the old one still serves."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    with loaded_site(tmp_path, *GUNICORN, options=["--kill-after", "1s"]) as site:
+    with loaded_site(tmp_path, *GUNICORN, options=["--kill-after", "1h"]) as site:
         (site.folder / "wsgi.py").write_text(f"open({str(gate)!r}).read()\n")
         site.process.send_signal(signal.SIGHUP)
         # A FIFO can be opened for writing, without waiting, when somebody has come to read it.
         writer = wait_for(lambda: os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
         try:
-            assert site.summary()["failures"] == {}
+            summary = site.summary()
+            assert summary["failures"] == {}
             site.process.terminate()
-            assert site.process.wait(DEADLINE) == 0  # as gunicorn ends
+            assert wait_for(lambda: all(map(is_gone, summary["pids"])))
         finally:
-            os.close(writer)
+            os.close(writer)  # the import ends, and so can the new one
+        assert site.process.wait(DEADLINE) == 0  # as gunicorn ends
         with pytest.raises(ProcessLookupError):
             os.killpg(site.process.pid, 0)
 

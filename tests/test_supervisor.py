@@ -16,7 +16,7 @@ import pytest
 from portexec.procfs import descendants
 from tests.support import DEADLINE, PORTEXEC, child, is_gone, kill_group, run, running, status_of, wait_for
 from tests.support.installed import program
-from tests.support.proc import is_polling, state
+from tests.support.proc import is_at_rest, state
 from tests.support.processes import tell_again
 from tests.support.terminals import on_a_terminal
 
@@ -300,7 +300,7 @@ def test_a_shim_that_is_killed_is_said() -> None:
         assert started.process.stdout.readline().startswith("ready")
         pid = started.process.pid
         (shim,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        wait_for(lambda: is_polling(shim) and state(shim) == "S")  # it has told that the command runs
+        wait_for(lambda: is_at_rest(shim))  # it has told that the command runs
         os.kill(shim, signal.SIGKILL)
         started.line("^portexec: note: the process that looked after the command was killed, so the command is ended$")
         assert started.process.wait(DEADLINE) == -signal.SIGKILL

@@ -72,12 +72,15 @@ class Reporter:
         if self.is_verbose:
             say(text)
 
-    async def show_progress(self, who: str, what: Callable[[], str]) -> None:
-        """Say from time to time what we wait for the command, or a new start of it, to do. Never returns."""
+    async def show_progress(self, who: str, what: Callable[[], str], within: float | None) -> None:
+        """Say from time to time what we wait for the command, or a new start of it, to do. Never returns.
+
+        The wait is over `within` so many seconds. What would come later is not said, though we may come to run later.
+        """
         began = time.monotonic()
         for moment in moments():
             await sleep(began + moment - time.monotonic())
-            if not self.is_driven:
+            if not self.is_driven and (within is None or moment < within):
                 self.note(f"{moment} s: waiting for {who} to {what()}")
 
     def tell(self, event: str, **fields: object) -> None:

@@ -273,7 +273,7 @@ class Server:
         """Wait until the start is ready, has ended, or has had its time."""
         readiness, patience = self._readiness_of(start), self._patience_with(start)
         unready, who = Unready(readiness), "the command" if start is self.current else "the new start"
-        waiting = (start.reaches(ENDED), readiness.wait(), self.reporter.show_progress(who, unready.awaited))
+        waiting = (start.reaches(ENDED), readiness.wait(), self.reporter.show_progress(who, unready.awaited, patience))
         found = await first(*waiting, within=patience)
         if found == 1:
             self._become_ready(start, readiness)

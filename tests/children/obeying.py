@@ -19,13 +19,14 @@ It prints `serving PID` right before it accepts for the first time, or listens i
 from __future__ import annotations
 
 import _signal as signal
+import _thread
 import os
 import select
 import sys
 
 import quick_socket as socket  # type: ignore[import-not-found]
 
-NAMES: dict[int, str] = {}  # of the signals that it does something at
+NAMES: dict[int, str] = {}  # of the signals that it says
 OPTIONS = [(name, value) for name, _, value in (word.partition("=") for word in sys.argv[1:])]
 
 
@@ -39,22 +40,30 @@ def say(*words: object) -> None:
         os.write(1, " ".join(map(str, words)).encode() + b"\n")
 
 
-def stay(number: int, frame: object) -> None:
-    say(NAMES[number])
-
-
-def end(number: int, frame: object) -> None:
-    stay(number, frame)
-    os._exit(0)
+def act_on_signals(ends: list[int]) -> None:
+    while True:
+        number = signal.sigwait(NAMES)
+        say(NAMES[number])
+        if number in ends:
+            os._exit(0)
 
 
 def set_signals() -> None:
-    ways = {"ignore": signal.SIG_IGN, "stay": stay, "end": end}
+    """Have a thread wait for signals: a handler in Python waits, too, if the signal comes just before a call that blocks."""
+    ends = []
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name, value in OPTIONS:
         if name == "on":
-            number, _, way = value.partition(":")
-            NAMES[getattr(signal, number)] = number
-            signal.signal(getattr(signal, number), ways[way])
+            told, _, way = value.partition(":")
+            number = getattr(signal, told)
+            if way == "ignore":
+                signal.signal(number, signal.SIG_IGN)
+            else:
+                NAMES[number] = told
+                ends += [number] if way == "end" else []
+    signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
+    _thread.start_new_thread(act_on_signals, (ends,))
 
 
 def wait_at_gate() -> None:

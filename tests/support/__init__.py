@@ -31,7 +31,7 @@ from tests.support.processes import (
     running,
     tell,
 )
-from tests.support.waiting import DEADLINE, wait_for
+from tests.support.waiting import DEADLINE, wait_for, within
 
 __all__ = [
     "ANNOUNCED",
@@ -52,4 +52,5 @@ __all__ = [
     "status_of",
     "tell",
     "wait_for",
+    "within",
 ]

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 LISTENING = "0A"  # TCP_LISTEN in /proc/net/tcp
+_RECEIVE = {"x86_64": "45", "aarch64": "207"}  # recvfrom(2)
 _POLL = {"x86_64": ("7", "219"), "aarch64": ("73", "128")}  # poll(2), and restart_syscall(2), which goes on with it, by machine
 
 
@@ -41,10 +42,23 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def _call(pid: int) -> str:
+    """The number of the system call that it sleeps in, or was stopped in; another word while it runs."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0]
+
+
 def is_polling(pid: int) -> bool:
     """Whether it waits for whatever comes next, as a loop does, or was stopped there. Taken for granted on rare machines."""
     calls = _POLL.get(os.uname().machine)
-    return calls is None or Path(f"/proc/{pid}/syscall").read_text().split()[0] in calls
+    return calls is None or _call(pid) in calls
+
+
+def is_at_rest(pid: int) -> bool:
+    """Whether a process of portexec has nothing left to do: it sleeps until something comes.
+
+    The letter S alone does not tell. Who is in waitpid(2) has it, too, also while it takes the status of a child.
+    """
+    return state(pid) == "S" and (is_polling(pid) or _call(pid) == _RECEIVE.get(os.uname().machine))
 
 
 def is_pending(pid: int, number: signal.Signals) -> bool:
