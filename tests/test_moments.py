@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,8 @@ AT_ONCE = 2
 FAILURE = 125
 TIMEOUT = 124
 FRONT = "."
+# A machine that stands still for some seconds is to end no run in another way: what is told to end may get no turn meanwhile.
+KILL_AFTER, READY_TIMEOUT = "5s", "20s"
 
 pytestmark = [pytest.mark.once, *([pytest.mark.timeout(7200)] if IS_ALL else [])]
 
@@ -86,7 +88,7 @@ class Run:
         self.stay = ["stay", "alone"] if alone else ["stay"]
 
     def words(self) -> list[str]:
-        times = ["-q", "-k", "1s", "--ready-timeout", "5s"]
+        times = ["-q", "-k", KILL_AFTER, "--ready-timeout", READY_TIMEOUT]
         published = ["--port-file", str(self.files / "port"), "--export", str(self.files / "export")]
         listen = ["-l", "web=0", "-l", f"side=unix:{self.files / 'socket'}"]
         silently = ["sh", "-c", 'exec "$@" 2>/dev/null', "sh"]  # the stderr of the test is portexec's own
@@ -96,7 +98,7 @@ class Run:
         return [
             *published,
             *{
-                "guard": ["-q", "-k", "1s", "-H", "guard", *server, marker],
+                "guard": ["-q", "-k", KILL_AFTER, "-H", "guard", *server, marker],
                 "then": [*times, "-H", "guard", "--then", "exit 3", *server, *self.stay],
                 "restart": [*times, "-H", "guard", "--restart", "on-failure", *server, marker],
                 "fd": [*times, "-H", "fd", *listen, "--ready", "none", "--then", "exit 3", *server, *self.stay],
@@ -119,7 +121,8 @@ class Run:
                 yield started
             finally:
                 for pid in self.living():
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
     def living(self) -> set[int]:
         return processes_with(f"MARK={self.mark}")

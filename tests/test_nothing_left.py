@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,8 @@ class Run:
             yield
         finally:
             for pid in self.living():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it was about to end
+                    os.kill(pid, signal.SIGKILL)
 
     def living(self) -> set[int]:
         """The processes that have the mark."""

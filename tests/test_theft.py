@@ -18,7 +18,7 @@ from functools import cache
 import pytest
 
 from portexec.binding import guard as guards
-from tests.support import DEADLINE, STRANGER, Running, child, read_line, run, running, tell
+from tests.support import DEADLINE, STRANGER, Running, child, read_line, run, running, tell, wait_for
 from tests.support.installed import has_ipv6, needs_ipv6
 from tests.support.thieves import SAME_USER, Attempt, attempts, every_attempt, every_user, identity_of, thief
 
@@ -48,6 +48,7 @@ COVERS = {
 LISTEN = ("127.0.0.1", "[::1]", "0.0.0.0", "[::]", "*")
 LAUNCHERS = ("itself", "without rights")  # who we are, with all rights of root if we are root, or an ordinary user
 ATTEMPTS = 10_000  # of each thief that does nothing else
+SPINS = 100_000_000  # turns that no spinning thief comes to before it is told to end, however slow the launches beside it are
 NOT_HERE = ("EADDRNOTAVAIL", "EAFNOSUPPORT")
 
 
@@ -267,12 +268,18 @@ def test_the_same_number_for_udp_is_not_a_theft(hand_off: str, identity: list[st
 @every_user
 def test_the_thief_can_steal_from_a_holder_of_one_address(identity: list[str]) -> None:
     """What the suite is worth: the same thief, sent to a number that is held the usual way, comes back with loot."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        tried = every_attempt(identity, holder.getsockname()[1])
-    elsewhere = [one for one in possible(tried) if not overlap(one["address"], "127.0.0.1")]
-    assert {one["way"] for one in elsewhere if one["got"]} >= {"named", "first of two"}
-    assert [one for one in elsewhere if one["way"] in ("named", "bind 0") and not one["got"]] == []
+
+    def is_robbed() -> bool:
+        with socket.socket() as holder:
+            holder.bind(("127.0.0.1", 0))
+            tried = every_attempt(identity, holder.getsockname()[1])
+        elsewhere = [one for one in possible(tried) if not overlap(one["address"], "127.0.0.1")]
+        assert {one["way"] for one in elsewhere if one["got"]} >= {"named", "first of two"}
+        assert [one for one in elsewhere if one["way"] in ("named", "bind 0") and not one["got"]] == []
+        return True
+
+    # Another process, such as a thief of a test beside this one, may be given the same number at an address that is not held.
+    assert wait_for(is_robbed)
 
 
 @needs_ipv6
@@ -397,7 +404,7 @@ def test_a_hundred_launches_among_spinning_thieves() -> None:
     """Thieves who take and drop numbers at random spoil no start, and get no number of a launch when they are told it."""
     identities = [identity_of(user) for user in (SAME_USER, "stranger")] * 2
     with ExitStack() as stack:
-        thieves = [stack.enter_context(thief(identity, "spin", 1_000_000)) for identity in identities]
+        thieves = [stack.enter_context(thief(identity, "spin", SPINS)) for identity in identities]
         assert [read_line(one) for one in thieves] == ["ready"] * 4
         for _ in range(10):
             with ExitStack() as batch:

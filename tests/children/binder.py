@@ -226,10 +226,11 @@ def orphan():
     """A process that forked twice binds: nobody but the subreaper is above it."""
     reader, writer = os.pipe()
     if os.fork() == 0:
+        parent = os.getpid()
         if os.fork():
             os._exit(0)
         os.setsid()
-        while os.getppid() == os.getsid(0):
+        while os.getppid() == parent:
             os.sched_yield()
         os.write(writer, json.dumps(plain()).encode())
         os._exit(0)

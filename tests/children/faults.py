@@ -18,6 +18,7 @@ import ctypes
 import errno
 import mmap
 import os
+import select
 import struct
 import sys
 
@@ -58,11 +59,17 @@ def end(*_):
     os._exit(3)
 
 
-def serve(host, *ports):
-    reader, writer = os.pipe()  # a signal just before pause(2) would be kept until the next one comes
+def heed_term():
+    """Have TERM call `end`; a descriptor that can be read then. A handler misses a signal that comes just before a wait."""
+    reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, end)
+    return reader
+
+
+def serve(host, *ports):
+    reader = heed_term()
     for port in ports:
         made = listen_on(host, port)
         _thread.start_new_thread(answer_for_ever, (made,))
@@ -72,8 +79,9 @@ def serve(host, *ports):
 
 
 def wait():
-    signal.signal(signal.SIGTERM, end)
+    reader = heed_term()
     print("ready", os.getpid(), flush=True)
+    select.select([0, reader], [], [])
     sys.stdin.readline()
     serve("127.0.0.1", "0")
 

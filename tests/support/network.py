@@ -7,7 +7,7 @@ import socket
 import urllib.error
 import urllib.request
 
-from tests.support.waiting import DEADLINE
+from tests.support.waiting import DEADLINE, wait_for
 
 THEFTS = [
     (host, *options)
@@ -50,6 +50,11 @@ def can_bind(number: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def is_given_back(number: int) -> bool:
+    """Whether a number becomes anybody's. It may be another process' just now: the kernel gives free numbers to all who ask."""
+    return wait_for(lambda: can_bind(number))
 
 
 def steal(host: str, port: int, *options: int) -> str:
