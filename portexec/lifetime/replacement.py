@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from portexec.lifetime.events import Reporter
     from portexec.lifetime.start import Start
 
-_LONGEST_HAND_OVER = 1.0  # seconds in which an old start accepts and reads what waits for it
+_LONGEST_HAND_OVER = 5.0  # seconds in which an old start accepts and reads what waits for it
 _PAUSE = 0.01
 _SHORT_PAUSE = 0.001
 _FROM_READ_TO_REQUEST = 0.1  # seconds in which a server makes a request of what it has read
