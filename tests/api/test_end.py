@@ -12,7 +12,7 @@ import pytest
 
 import portexec
 from tests.support import DEADLINE, get, wait_for
-from tests.support.network import can_bind
+from tests.support.network import can_bind, is_given_back
 from tests.support.serving import (
     IN_ASYNC_CODE,
     LIGHT,
@@ -42,7 +42,7 @@ def test_use_after_stop() -> None:
         waiting = pool.submit(server.wait)
         assert not can_bind(server.port)
         server.stop()
-        assert can_bind(server.port)
+        assert is_given_back(server.port)
         assert waiting.result(DEADLINE) == server.wait() == -signal.SIGTERM
         with pytest.raises(portexec.NotRunning) as caught:
             server.restart()
