@@ -192,10 +192,11 @@ def outcome(run: Run, events: str, expected: Expected) -> str:
     except (AssertionError, subprocess.TimeoutExpired) as failure:
         return f"{failure}".splitlines()[0] + f" ({run.said()})"
     said = run.said()
-    is_ours = status in (FAILURE, TIMEOUT)
+    is_ours, is_error = status in (FAILURE, TIMEOUT), "portexec: error: " in said
     if status not in expected.statuses:
         return f"status {status}: {said}"
-    if "Traceback" in said or "bug" in said or is_ours != ("portexec: error: " in said):
+    was_killed_after_it = is_error and status == -signal.SIGKILL
+    if "Traceback" in said or "bug" in said or (is_ours != is_error and not was_killed_after_it):
         return f"status {status}, said {said!r}"
     may_stay = set() if run.mode == "hold" and is_ours else expected.files
     left = {name for name in run.left() - may_stay if expected.is_undone or not name.startswith(".")}
