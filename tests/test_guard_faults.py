@@ -692,7 +692,7 @@ def test_a_server_that_goes_to_the_background_under_a_lifetime_gets_a_hint() -> 
         "portexec: hint: a server that goes to the background has to stay in front: use its foreground mode",
     ]
     assert run("-q", "--ready", "none", "-H", "guard", "--", "sh", "-c", daemon).stderr == ""
-    script = "trap 'exit 0' TERM; sleep 1000 & echo up; wait"
+    script = "sleep 1000 & trap 'exit 0' TERM; echo up; wait"
     with running("--ready", "none", "--", "sh", "-c", script, stderr=subprocess.PIPE) as started:
         assert read_line(started.process) == "up"
         os.killpg(started.process.pid, signal.SIGTERM)  # as timeout(1) does: the command has it before portexec can say so

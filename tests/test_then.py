@@ -36,8 +36,15 @@ SERVER = child("obeying")
 ENDED = r"^portexec: error: .*ended.*"
 WITHOUT_CORE_FILES = ["/bin/sh", "-c", 'ulimit -c 0; exec "$@"', "sh"]
 STAY = "exec sleep 1000"  # tests that go on until they are stopped
-# The same for those with a trap. A shell's `read` would not end by a signal that comes just before it begins to block.
-TRAPPED = "sleep 1000 & while :; do wait; done"
+
+
+def stay_after(script: str) -> str:
+    """The same for tests with traps, which the script sets before it says something.
+
+    A shell's `read` would not end by a signal that comes just before it begins to block. And a child that is forked with traps
+    set loses a signal that comes before it has dropped them. So the sleep comes first.
+    """
+    return f"sleep 1000 & {script}; while :; do wait; done"
 
 
 def ask(line: str, url: str = "{url}") -> str:
@@ -464,7 +471,7 @@ def test_the_tests_are_stopped_before_all_that_the_server_leaves_is(tmp_path: Pa
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     server = ["sh", "-c", f"trap '' TERM; sleep 1000 & read line <{gate}; exit 3"]
-    then = f"trap 'echo told; exit 0' TERM; echo tests; {TRAPPED}"
+    then = stay_after("trap 'echo told; exit 0' TERM; echo tests")
     with running("-q", "-k", "1h", "-H", "fd", "--ready", "none", "--then", then, "--", *server) as started:
         assert next_line(started) == "tests"
         gate.write_text("a line\n")
@@ -488,7 +495,7 @@ def test_a_server_that_goes_into_the_background_has_ended() -> None:
 @TOGETHER
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_stops_both_and_dies_of_it(hand_off: str, number: signal.Signals) -> None:
-    then = f"trap 'echo tests stopped; exit 3' TERM; echo tests $$; {TRAPPED}"
+    then = stay_after("trap 'echo tests stopped; exit 3' TERM; echo tests $$")
     server = [*SERVER, "on=SIGTERM:end"]
     with running("-q", "-H", hand_off, "--then", then, "--", *server, stdin=subprocess.PIPE) as started:
         served = pid_in(next_line(started), "serving")
@@ -558,7 +565,7 @@ def test_told_to_stop_while_the_server_drains_it_kills_at_once_and_keeps_the_tes
 
 def test_a_signal_to_the_whole_group_stops_gently() -> None:
     """As from a shell's `kill %1`, a supervisor or a cancelled CI job: nothing is killed before its time."""
-    then = f"trap 'echo tests stopped; exit 3' TERM; echo tests; {TRAPPED}"
+    then = stay_after("trap 'echo tests stopped; exit 3' TERM; echo tests")
     server = [*SERVER, "on=SIGTERM:stay", "on=SIGUSR1:end"]
     with running("-q", "-k", "1h", "--then", then, "--", *server, stdin=subprocess.PIPE) as started:
         served = pid_in(next_line(started), "serving")
@@ -636,7 +643,7 @@ def test_ctrl_backslash_ends_both_whoever_is_first(options: Sequence[str]) -> No
 def test_ctrl_backslash_is_a_question_to_some() -> None:
     trap = "trap 'echo threads; exit 131' QUIT"
     server = [*SERVER, "on=SIGQUIT:stay"]
-    then = f"{trap}; echo tests $$; {TRAPPED}"
+    then = stay_after(f"{trap}; echo tests $$")
     with terminal_with(*PORTEXEC, "-q", "-H", "fd", "--then", then, "--", *server) as terminal:
         terminal.pids()
         terminal.press(b"\x1c")
@@ -645,7 +652,7 @@ def test_ctrl_backslash_is_a_question_to_some() -> None:
 
 
 def test_tests_that_end_well_after_ctrl_c_end_by_it_all_the_same() -> None:
-    then = f"trap 'echo cleaned up; exit 0' INT; echo tests $$; {TRAPPED}"
+    then = stay_after("trap 'echo cleaned up; exit 0' INT; echo tests $$")
     with terminal_with(*PORTEXEC, "-q", "--then", then, "--", *SERVER) as terminal:
         terminal.pids()
         terminal.press(CTRL_C)
@@ -655,7 +662,7 @@ def test_tests_that_end_well_after_ctrl_c_end_by_it_all_the_same() -> None:
 
 def test_ctrl_c_reaches_both_once_and_nothing_else_does_before_they_end() -> None:
     trap = "trap 'echo tests INT' INT; trap 'echo tests TERM' TERM; trap 'echo tests USR1; exit 0' USR1"
-    then = f"{trap}; echo tests $$; {TRAPPED}"
+    then = stay_after(f"{trap}; echo tests $$")
     server = [*SERVER, "on=SIGINT:stay", "on=SIGTERM:stay", "on=SIGUSR1:end"]
     with terminal_with(*PORTEXEC, "-q", "-k", "1h", "--then", then, "--", *server) as terminal:
         served, tests = terminal.pids()
@@ -716,7 +723,7 @@ def test_tests_with_a_summary_at_ctrl_c_get_to_finish_it(tmp_path: Path) -> None
 @pytest.mark.parametrize("way", ["ignore", "stay"])
 def test_a_second_ctrl_c_kills_at_once(way: str) -> None:
     server = [*SERVER, f"on=SIGTERM:{way}", f"on=SIGINT:{way}"]
-    then = f"trap 'echo tests INT' INT; trap '' TERM; echo tests $$; {TRAPPED}"
+    then = stay_after("trap 'echo tests INT' INT; trap '' TERM; echo tests $$")
     with terminal_with(*PORTEXEC, "-q", "-k", "1h", "--then", then, "--", *server) as terminal:
         pids = terminal.pids()
         terminal.press(CTRL_C)

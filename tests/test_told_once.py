@@ -171,7 +171,7 @@ def test_where_portexec_merely_waits_the_command_gets_both() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_command_of_a_killed_shim_is_told_once(mode: str) -> None:
     """By the kernel, which portexec knows. The rest is told by portexec."""
-    helper = '(trap "echo helper; exit" TERM; echo ready; while :; do sleep 1000; done) & exec "$@"'
+    helper = '(sleep 1000 & trap "echo helper; exit" TERM; echo ready; while :; do wait; done) & exec "$@"'
     words = ["sh", "-c", helper, "sh", sys.executable, "-S", "-c", PROGRAM]
     with running("-q", "-k", "1h", *MODES[mode], "--", *words) as run:
         assert [told(run), told(run)] == ["ready", "ready"]
