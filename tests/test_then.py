@@ -642,7 +642,7 @@ def test_ctrl_backslash_ends_both_whoever_is_first(options: Sequence[str]) -> No
 
 def test_ctrl_backslash_is_a_question_to_some() -> None:
     trap = "trap 'echo threads; exit 131' QUIT"
-    server = [*SERVER, "on=SIGQUIT:stay"]
+    server = [*SERVER, "on=SIGQUIT:stay", "on=SIGTERM:end"]  # TERM, as the tests end, may come before it has said the other
     then = stay_after(f"{trap}; echo tests $$")
     with terminal_with(*PORTEXEC, "-q", "-H", "fd", "--then", then, "--", *server) as terminal:
         terminal.pids()
