@@ -35,6 +35,14 @@ def _usual_signals() -> Iterator[None]:
         signal.signal(one, signal.SIG_IGN)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _whole_lines() -> Iterator[None]:
+    """Have Python write a line at once. With $PYTHONUNBUFFERED its end comes by itself, after what others have written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONUNBUFFERED", raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start every command with none of the variables that are under test, and without colours."""
