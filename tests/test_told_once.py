@@ -36,7 +36,7 @@ os.set_blocking(writer, False)
 signal.set_wakeup_fd(writer)
 for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR2", "SIGQUIT"):
     signal.signal(getattr(signal, name), tell)
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 while True:
     os.read(reader, 1)
 """
