@@ -16,14 +16,21 @@ import pytest
 import portexec
 from portexec.api import watchers
 from tests.support import DEADLINE, get, wait_for
+from tests.support.proc import words_of
 from tests.support.serving import IN_ASYNC_CODE, LIGHT, SAYS_FIRST, describe, greeting, marked, tell
+
+
+def kill(pid: int) -> None:
+    """Kill it, and wait until the kernel tells that it is about to end, which it does not in the first microseconds."""
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not words_of(pid))
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_a_restart_after_a_death_has_one_outcome(number: int) -> None:
     """At once, when nobody can know of the death yet, and later."""
     with portexec.serve(LIGHT) as server:
-        os.kill(server.pid, signal.SIGKILL)
+        kill(server.pid)
         if number % 2:
             wait_for(lambda: server.returncode is not None)
         with pytest.raises(portexec.NotRunning, match="killed by SIGKILL") as caught:
@@ -37,7 +44,7 @@ def test_a_server_that_died_can_be_started_again(mark: str) -> None:
         pids = [server.pid]
         assert get(server.url) == greeting(server)  # so it has said that it serves
         for _ in range(2):
-            os.kill(server.pid, signal.SIGKILL)
+            kill(server.pid)
             server.start()
             pids.append(server.pid)
             assert get(server.url) == greeting(server)
@@ -130,7 +137,7 @@ def test_a_start_that_fails_can_be_tried_again(tmp_path: str) -> None:
 @IN_ASYNC_CODE
 async def test_a_server_can_be_started_again_in_async_code(mark: str) -> None:
     async with portexec.serve(LIGHT) as server:
-        os.kill(server.pid, signal.SIGKILL)
+        kill(server.pid)
         with pytest.raises(portexec.NotRunning):
             await server.restart()
         await server.start()
