@@ -113,6 +113,19 @@ def test_a_restart_before_the_next_start() -> None:
         assert wait_for(lambda: greets(run, url))
 
 
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_signal_that_is_the_last(is_last: bool) -> None:
+    """No start follows the end that it causes, though nobody has said yet that the run is to end."""
+    with controlled("--restart", "always") as run:
+        assert run.next("ready")
+        run.ours.sendall(b'{"do": "signal", "number": 15, "last": %s}\n' % (b"true" if is_last else b"false"))
+        assert run.next("ended")
+        if is_last:
+            assert run.process.wait(DEADLINE) is not None
+        else:
+            assert run.next("started")
+
+
 def test_a_restart_of_what_has_not_started() -> None:
     with controlled("--lazy") as run:
         url = run.next("bound")["listeners"][0]["url"]

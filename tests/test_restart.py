@@ -210,7 +210,7 @@ def test_one_that_is_not_ready_in_time_is_started_again() -> None:
             restarts(server)
             server.comes_up()
             second = server.pid
-            server.started.line(r"^portexec: note: the command was not ready after \d+ s: it did not send READY=1 to ")
+            server.started.line(rf"^portexec: note: the command was not ready after {seconds} s: it did not send READY=1 to ")
             restarts(server, "killed by SIGTERM")
             server.comes_up()
             assert is_gone(second)
@@ -559,7 +559,7 @@ def test_a_new_one_that_is_not_ready_in_time_leaves_the_old_one(tmp_path: Path) 
             server.started.line("^portexec: ready after ")
             server.process.send_signal(signal.SIGHUP)
             server.comes_up()
-            server.started.line(r"^portexec: note: the new start was not ready after \d+ s: it did not send READY=1 ")
+            server.started.line(rf"^portexec: note: the new start was not ready after {seconds} s: it did not send READY=1 ")
             line = r"^portexec: error: the new start was not ready \(killed by SIGTERM\), the old one goes on$"
             server.started.line(line)
             assert is_gone(server.pid)
