@@ -25,7 +25,7 @@ from portexec.admission import gates, seccomp
 from portexec.admission.own import NOWHERE, Others, Own
 from portexec.admission.settle import Settling
 from portexec.binding import tables
-from portexec.binding.guard import IPPROTO_MPTCP, Flip, Guard, can_flip, host_of
+from portexec.binding.guard import IPPROTO_MPTCP, Flip, Guard, Traits, can_flip, host_of
 from portexec.parent.loop import first, readable
 
 TYPE_CHECKING = False
@@ -151,7 +151,8 @@ class Admission:
         self._gates.close_all()
 
     def _found(self) -> int:
-        return sum(event for _, event in self._poll.poll(0))
+        found = self._poll.poll(0)
+        return found[0][1] if found else 0
 
     def _handle(self, notification: seccomp.Notification) -> None:
         try:
@@ -221,22 +222,22 @@ class Admission:
             return 0, made
         if _port_of(socket) and (code := _errno_of_bind(socket, address)) != errno.EADDRINUSE:
             return code, None  # it is bound already
-        if not can_flip(guard, socket):
+        traits = Traits(socket)
+        if not can_flip(guard, traits.owner):
             return self._gate(notification, fd, [port], "the socket is another user's"), None
-        inode = _inode(socket)
-        self._own[port].place(inode, notification.thread, fd)
-        code = self._bind_past(guard, socket, inode, address)
+        self._own[port].place(traits.inode, notification.thread, fd)
+        code = self._bind_past(guard, socket, traits, address)
         if code == 0:
-            self._take_up(notification, fd, socket, inode, port)
+            self._take_up(notification, fd, socket, traits, port)
         return code, made if code == 0 else None
 
-    def _bind_past(self, guard: Guard, socket: _socket.socket, inode: int, address: bytes) -> int:
+    def _bind_past(self, guard: Guard, socket: _socket.socket, traits: Traits, address: bytes) -> int:
         host = _host_in(address, socket)
         own = self._own[guard.port]
-        if own.joins(socket, inode, host_of(socket, host), is_tidy=guard.is_tidy):
+        if own.joins(traits, host_of(socket, host), is_tidy=guard.is_tidy):
             return errno.EADDRINUSE
         try:
-            with Others(own, inode) as others, Flip(guard, socket, host, others) as flip:
+            with Others(own, traits.inode) as others, Flip(guard, socket, host, others, traits=traits) as flip:
                 kernel.bind(socket.fileno(), address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
@@ -259,38 +260,38 @@ class Admission:
     def _listen_socket(self, notification: seccomp.Notification, fd: int, socket: _socket.socket, backlog: int) -> int | None:
         if not _is_tcp(socket) or socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN):
             return CONTINUE
-        port, inode = _port_of(socket), _inode(socket)
+        (host, port, *_), traits = socket.getsockname(), Traits(socket)
         self.observer.tried(port)
         if port and port not in self.guards and _network_of(socket) == self._network:
-            self.observer.listened(port, host_of(socket))
-            self._settling.add(notification.thread, port, inode, lambda: self.observer.elsewhere(port))
+            self.observer.listened(port, host_of(socket, host))
+            self._settling.add(notification.thread, port, traits.inode, lambda: self.observer.elsewhere(port))
         guard = self._guard_for(notification, socket, port)
         if guard is None:
             return CONTINUE
-        if not can_flip(guard, socket):
+        if not can_flip(guard, traits.owner):
             return self._gate(notification, fd, [port], "the socket is another user's", is_bind=False)
-        self._own[port].place(inode, notification.thread, fd)
+        self._own[port].place(traits.inode, notification.thread, fd)
         # Before the call, whatever its result: if our own code fails, the kernel's listen follows, and has to be noticed, too.
-        self._notice(notification.thread, port, inode, host_of(socket))
-        code = self._listen_past(guard, socket, inode, backlog)
+        self._notice(notification.thread, port, traits.inode, host_of(socket, host))
+        code = self._listen_past(guard, socket, host, traits, backlog)
         if code == 0:
-            self._take_up(notification, fd, socket, inode, port)
-            self.observer.listened(port, host_of(socket))
+            self._take_up(notification, fd, socket, traits, port)
+            self.observer.listened(port, host_of(socket, host))
         return code
 
     def _notice(self, thread: int, port: int, inode: int, host: str) -> None:
         """Tell of a listener, if it is a server's."""
         self._settling.add(thread, port, inode, lambda: self.observer.listening(port, host))
 
-    def _listen_past(self, guard: Guard, socket: _socket.socket, inode: int, backlog: int) -> int:
+    def _listen_past(self, guard: Guard, socket: _socket.socket, host: str, traits: Traits, backlog: int) -> int:
         own = self._own[guard.port]
         try:
-            with Others(own, inode) as others, Flip(guard, socket, socket.getsockname()[0], others) as flip:
+            with Others(own, traits.inode) as others, Flip(guard, socket, host, others, traits=traits) as flip:
                 kernel.listen(socket.fileno(), backlog)
         except OSError as error:
             self._report_strangers(guard.port, own.strangers(tables.listeners_on(guard.port)))
             return error.errno or errno.EADDRINUSE
-        if self._report_strangers(guard.port, own.strangers(tables.listeners_on(guard.port), inode)):
+        if self._report_strangers(guard.port, own.strangers(tables.listeners_on(guard.port), traits.inode)):
             # Never two servers on one number in silence: take the listen back, which leaves the socket bound.
             socket.shutdown(_socket.SHUT_RDWR)
             return errno.EADDRINUSE
@@ -298,9 +299,8 @@ class Admission:
             self.observer.not_clean(guard.port)
         return 0
 
-    def _take_up(self, notification: seccomp.Notification, fd: int, socket: _socket.socket, inode: int, port: int) -> None:
-        shares = bool(socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEPORT))
-        self._own[port].add(inode, notification.thread, fd, host_of(socket), shares=shares)
+    def _take_up(self, notification: seccomp.Notification, fd: int, socket: _socket.socket, traits: Traits, port: int) -> None:
+        self._own[port].add(traits.inode, notification.thread, fd, host_of(socket), shares=traits.shares)
 
     def _duplicate(self, notification: seccomp.Notification, fd: int) -> _socket.socket:
         """The caller's own socket, as a duplicate that we have to close. Raises OSError, ENOTSOCK for other files."""
@@ -450,10 +450,6 @@ def _host_in(address: bytes, socket: _socket.socket) -> str:
     """The address in a struct sockaddr, as text."""
     at, length = (8, 16) if socket.family == _socket.AF_INET6 else (4, 4)
     return _socket.inet_ntop(socket.family, address[at : at + length].ljust(length, b"\0"))
-
-
-def _inode(socket: _socket.socket) -> int:
-    return os.fstat(socket.fileno()).st_ino
 
 
 def _why_gated(why: str, *, is_read: bool) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from portexec.admission.seccomp import Threads
+    from portexec.binding.guard import Traits
 
 _FEW = 32  # sockets; only when there are more, those that are closed are sorted out
 NOWHERE = -1  # in place of a descriptor
@@ -93,18 +94,18 @@ class Own:
         os.close(duplicate)
         return None
 
-    def joins(self, socket: _socket.socket, inode: int, host: str, *, is_tidy: bool) -> bool:
+    def joins(self, traits: Traits, host: str, *, is_tidy: bool) -> bool:
         """Whether the flip would let this socket join a listener that shares, or, if the guard is not tidy, any listener.
 
         Without the flip the kernel would refuse that. After it the two would share the clients in silence. A socket that
         shares by itself may join.
         """
-        if socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEPORT):
+        if traits.shares:
             return False
         suspects = {
             other
             for other, seen in self._seen.items()
-            if (seen.shares or not is_tidy) and other != inode and overlap(host, seen.host)
+            if (seen.shares or not is_tidy) and other != traits.inode and overlap(host, seen.host)
         }
         return bool(suspects) and not suspects.isdisjoint(tables.listeners_on(self.port))
 

@@ -206,12 +206,27 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
         mutex.close()
 
 
+class Traits:
+    """What the kernel tells of a socket: its inode, the user whom it belongs to, and whether it has SO_REUSEPORT by itself.
+
+    A flip changes the last two for its time, so they are read before it.
+    """
+
+    __slots__ = ("inode", "owner", "shares")
+
+    def __init__(self, socket: _socket.socket) -> None:
+        status = os.fstat(socket.fileno())
+        self.inode = status.st_ino
+        self.owner = status.st_uid
+        self.shares = bool(socket.getsockopt(SOL_SOCKET, SO_REUSEPORT))
+
+
 class Flip:
     """The time in which `socket` may be bound to `host`, or may listen there, beside the guard; see the module's text.
 
     `others` gives the sockets of the command, or ours, that are bound to the number already. It is called when they are needed;
     its argument says whether the search may take long. `beside` are listeners of ours on the same address: they share, too,
-    during the flip, so that the socket gets in beside them.
+    during the flip, so that the socket gets in beside them. `traits` are those of the socket, if the caller has read them.
     `is_clean`, after the flip: it has left no way past the guard. False where no scrub succeeded.
 
     Root can do better than share with one user. During the flip the sockets belong to a random user id, which no process has
@@ -231,7 +246,7 @@ class Flip:
         "_owner",
         "_owners",
         "_socket",
-        "_was_shared",
+        "_traits",
         "is_clean",
     )
 
@@ -242,13 +257,14 @@ class Flip:
         host: str,
         others: Others = _none,
         beside: Sequence[_socket.socket] = (),
+        traits: Traits | None = None,
     ) -> None:
         self._guard = guard
         self._beside = beside
         self._socket = socket
         self._host = host
         self._others = others
-        self._was_shared = socket.getsockopt(SOL_SOCKET, SO_REUSEPORT)
+        self._traits = traits or Traits(socket)
         self._owner: int | None = None  # of seeds and scrubs; None for our own user
         self._owners: list[tuple[_socket.socket, int]] = []  # the sockets whose owner we have changed, and their former owners
         self._is_hidden = False
@@ -282,7 +298,7 @@ class Flip:
             self._guard.is_tidy, self._guard.last_owner = self.is_clean, self._owner
         finally:
             self._guard.set(SO_REUSEPORT, 0)
-            self._socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self._was_shared)
+            self._socket.setsockopt(SOL_SOCKET, SO_REUSEPORT, self._traits.shares)
             self._show()
 
     def _share(self, value: int, *sockets: _socket.socket) -> None:
@@ -295,8 +311,10 @@ class Flip:
         What is cached can be scrubbed at each moment. The first address shows that there is room for an IPv6 scrub, which can
         replace the IPv4 seed. The IPv4 seed shows that there is room for an IPv4 scrub, which can replace the IPv6 seed.
         """
+        reuse_address = self._socket.getsockopt(SOL_SOCKET, SO_REUSEADDR)
+        device = self._socket.getsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, DEVICE_SIZE)
         for address in (_random_address(AF_INET6), _EVERY_FOUR, _EVERY_SIX):
-            _bind_briefly(self._guard.port, address, self._owner, like=self._socket)
+            _bind_briefly(self._guard.port, address, self._owner, reuse_address=reuse_address, device=device)
 
     def _families(self) -> tuple[int, ...]:
         """The families of scrubs that what is cached now does not match."""
@@ -313,7 +331,7 @@ class Flip:
 
         Where the guard is not tidy, the cache may match too much. Then refuse to join any other socket.
         """
-        if self._was_shared:
+        if self._traits.shares:
             return
         for other in self._others(False):
             if other in self._beside:
@@ -328,19 +346,23 @@ class Flip:
         return overlap(host_of(self._socket, self._host), host_of(other))
 
     def _hide(self) -> None:
-        owner = owner_of(self._socket)
-        is_bare = not self._was_shared and self._socket.proto != IPPROTO_MPTCP
-        user = _random_user() if is_bare else owner
+        is_bare = not self._traits.shares and self._socket.proto != IPPROTO_MPTCP
+        user = _random_user() if is_bare else self._traits.owner
         try:
-            for socket in (self._socket, self._guard.socket, *self._beside):
-                before = _give(socket, user)
-                if before != user:
-                    self._owners.append((socket, before))
+            self._lend(self._socket, self._traits.owner, user)
+            for socket in (self._guard.socket, *self._beside):
+                self._lend(socket, owner_of(socket), user)
         except OSError:  # in a container without CAP_CHOWN, or without that user
             self._show()
         else:
             self._is_hidden = is_bare
             self._owner = user or None
+
+    def _lend(self, socket: _socket.socket, owner: int, user: int) -> None:
+        """Make a socket of this owner another user's, until `_show`. Raises OSError."""
+        if owner != user:
+            os.fchown(socket.fileno(), user, -1)
+            self._owners.append((socket, owner))
 
     def _show(self) -> None:
         for socket, owner in self._owners:
@@ -407,17 +429,12 @@ def _can_bind(port: int, address: str, owner: int | None) -> bool:
     return True
 
 
-def _bind_briefly(
-    port: int, address: str, owner: int | None, *, reuse_address: int = 0, like: _socket.socket | None = None
-) -> None:
-    """Bind a throw-away socket that shares, and close it. It gets the options of `like` that count. Raises OSError."""
+def _bind_briefly(port: int, address: str, owner: int | None, *, reuse_address: int = 0, device: bytes = b"") -> None:
+    """Bind a throw-away socket that shares, and close it. It gets these options, where they are set. Raises OSError."""
     socket = _make_sharer(_family_of(address), owner)
     try:
-        if like is not None:
-            reuse_address = like.getsockopt(SOL_SOCKET, SO_REUSEADDR)
-            device = like.getsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, DEVICE_SIZE)
-            if device:
-                socket.setsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, device)
+        if device:
+            socket.setsockopt(SOL_SOCKET, _socket.SO_BINDTODEVICE, device)
         if reuse_address:
             socket.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         socket.bind((address, port))
@@ -450,9 +467,12 @@ def _random_address(family: int) -> str:
     return "{}.{}.{}.{}".format(240 + first % 15, *rest)
 
 
-def can_flip(guard: Guard, socket: _socket.socket) -> bool:
-    """Whether the kernel can be made to see guard and socket as one user's: they are, or we may change the guard's owner."""
-    ours, owner = os.geteuid(), owner_of(socket)
+def can_flip(guard: Guard, owner: int) -> bool:
+    """Whether the kernel can be made to see the guard and a socket of this owner as one user's.
+
+    They are, or we may change the guard's owner.
+    """
+    ours = os.geteuid()
     if owner == ours:
         return True
     try:
