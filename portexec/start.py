@@ -245,8 +245,8 @@ class Parent:
             gc.freeze()  # a collection would write to all that was made so far, in pages that our processes share
         shim = self._make_shim(self.launch.plan)
         if not self.lifetime.is_lazy:
-            shim.ask_to_prepare()  # first: while the shim and its child prepare, this process imports what else it needs
-        from portexec.lifetime import events, run  # noqa: F401
+            shim.ask_to_prepare()
+        # While the shim and its child prepare. All else is imported when the command has begun to start: see `_live`.
         from portexec.lifetime.start import Start
 
         first = Start(shim)

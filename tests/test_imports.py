@@ -137,8 +137,8 @@ parent.loop:
 parent.naming: procfs
 parent.possible: errors kernel
 parent.protocol: binding.guard command.plan
-parent.shim: command.undo errors kernel parent.child parent.link parent.loop parent.naming parent.protocol parent.signals
-    parent.supervisor
+parent.shim: admission.answer command.undo errors kernel parent.child parent.link parent.loop parent.naming
+    parent.protocol parent.signals parent.supervisor
 parent.signals: kernel
 parent.supervisor: admission.diagnosis admission.elsewhere errors kernel parent.child parent.link parent.loop parent.protocol
     parent.signals parent.tree parent.witness procfs

@@ -101,7 +101,7 @@ async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int
 
     Raises, with the child ended, RefusedError where this machine does not let us admit binds, OSError where resources ran out.
     """
-    from portexec.admission.answer import Admission, Observer  # while the child installs its filter
+    from portexec.admission.answer import Admission, Observer  # which `Shim` has imported before the fork
 
     try:
         child.admission = Admission(await _receive_notify_fd(child.link), guards, remap, Observer())

@@ -52,6 +52,8 @@ class Shim:
         self.why_gated = ""
         self.has_gone = Event()
         self.advised = job.advised
+        if job.guards:
+            import portexec.admission.answer  # noqa: F401  # before the fork: for later shims, too, and portexec itself
         self.link, shims_end = links.pair(job.plan.first_fd + len(job.plan.passed))
         try:
             self.pid = os.fork()
@@ -161,6 +163,7 @@ def _run(link: Link, job: Job, inbox: Inbox) -> None:
             for number in map(int, filter(None, early)):
                 child.signal(number)
             child.go()
+            os.sched_yield()  # the command first: what we import now can wait
             _supervise(child, job, link, inbox)
         else:
             child.end()
