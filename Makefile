@@ -18,7 +18,7 @@ PACKAGE = $(VENV)/package
 # Of hundreds of processes that import portexec, none is to compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check format share pictures bench package clean
+.PHONY: help demo test recipes check format share pictures bench package clean
 .DELETE_ON_ERROR:
 
 help:                 ## show this
@@ -28,8 +28,12 @@ help:                 ## show this
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO)) ## two copies of a real server side by side
 	@$(BIN)/python scripts/demo.py
 
+# The last -m counts: PYTEST may have one of its own.
 test: $(READY)        ## the test suite; PYTEST='-k guard' adds options
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not recipes' $(PYTEST)
+
+recipes: $(READY)     ## the tests of the documentation, with the real tools
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m recipes $(PYTEST)
 
 check: $(READY)       ## ruff, ruff format, mypy
 	$(BIN)/ruff check .
