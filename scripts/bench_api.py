@@ -77,10 +77,11 @@ def served(words: list[str]) -> float:
 
 
 def first() -> float:
-    """The same, where the host has to be started, too: the one before is left."""
+    """The same, where the host has to be started, too: the one before has ended, which is not a part of this start."""
     before, host._current = host._current, None
     if before is not None:
         before.retire()
+        before.process.wait()
     return served(LIGHT)
 
 
