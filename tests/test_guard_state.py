@@ -82,6 +82,16 @@ ONCE_WRONG: dict[str, list[Any]] = {
         ("bind", 3, "::"),
         ("listen", 3),
     ],
+    "hands one on that is merely bound, and then a bind fails": [
+        ("make", 2, "4", 0, 0, 0),
+        ("bind", 2, "0.0.0.0"),
+        ("hand_on", 2),
+        MAKE_DUAL,
+        ("bind", 1, "::ffff:127.0.0.1"),
+        ("make", 3, "6", 0, 1, 0),
+        ("bind", 3, "::"),
+        ("close", 3),
+    ],
     "shares by itself": [
         ("make", 1, "46", 0, 1, 0),
         *SERVE_DUAL[1:],

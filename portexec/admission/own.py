@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from portexec.admission.seccomp import Threads
     from portexec.binding.guard import Traits
 
-_FEW = 32  # sockets; only when there are more, those that are closed are sorted out
+_FEW = 32  # sockets; only when there are more, we look which of them are where they were seen
+_MANY = 1024  # lost ones; only when there are more, we look in all processes, which takes some 10 ms, for those that are left
 NOWHERE = -1  # in place of a descriptor
 
 
@@ -30,16 +31,17 @@ class Own:
         self.port = port
         self._threads = threads
         self._seen: dict[int, _Seen] = {}
-        self._limit = _FEW
+        self._lost: dict[int, _Seen] = {}  # not where they were seen: closed, or another process has them
+        self._few, self._many = _FEW, _MANY
         self._hidden: set[int] = set()  # descriptors of sockets whose inode we may not see
 
     def add(self, inode: int, thread: int, fd: int, host: str, *, shares: bool) -> None:
         """Add a socket that this thread bound, under this descriptor. `shares`: it has SO_REUSEPORT by itself."""
+        self._lost.pop(inode, None)
         self._seen[inode] = _Seen(thread, fd, host, shares)
-        if len(self._seen) > self._limit:
-            _close(self.duplicates())
-            self.strangers(tables.listeners_on(self.port))
-            self._limit = max(_FEW, 2 * len(self._seen))
+        if len(self._seen) > self._few or len(self._lost) > self._many:
+            _close(self.duplicates(is_thorough=len(self._lost) > self._many))
+            self._few, self._many = max(_FEW, 2 * len(self._seen)), max(_MANY, 2 * len(self._lost))
 
     def add_hidden(self, fd: int) -> None:
         """Add a socket of which only the descriptor is known."""
@@ -47,13 +49,13 @@ class Own:
 
     def has(self, inode: int, fd: int) -> bool:
         """Whether this is one of them. An inode of 0 is not known."""
-        return inode in self._seen if inode else fd in self._hidden
+        return inode in self._seen or inode in self._lost if inode else fd in self._hidden
 
     def place(self, inode: int, thread: int, fd: int) -> None:
         """Learn which socket is at this place now: a socket that was seen there before is there no more."""
-        for other, seen in self._seen.items():
+        for other, seen in list(self._seen.items()):
             if other != inode and seen.fd == fd and seen.thread == thread:
-                seen.fd = NOWHERE
+                self._lose(other)
 
     def duplicates(self, but: int = 0, *, is_thorough: bool = False) -> list[_socket.socket]:
         """Duplicates of those that can be had, without the inode `but`. The caller closes them soon.
@@ -63,24 +65,41 @@ class Own:
         """
         found = []
         for inode, seen in list(self._seen.items()):
-            if inode == but:
-                continue
-            socket = self._have(inode, seen)
-            if socket is None and (is_thorough or seen.shares):
-                socket = self._look_for(inode, seen)
-            seen.is_lost = socket is None and not seen.is_there(inode)
+            socket = None if inode == but else self._have(inode, seen)
             if socket is not None:
                 found.append(socket)
-        return found
+            elif inode != but and not seen.is_there(inode):
+                self._lose(inode)
+        missing = {inode for inode, seen in self._seen.items() if seen.fd == NOWHERE}
+        if is_thorough:
+            missing |= self._lost.keys()
+        missing.discard(but)
+        return found + self._look_for(missing) if missing else found
 
-    def _look_for(self, inode: int, seen: _Seen) -> _socket.socket | None:
-        place = tables.descriptors_of([inode]).get(inode)
-        if place is not None:
-            seen.thread, seen.fd = place
-            return self._have(inode, seen)
-        if inode not in tables.listeners_on(self.port):
-            del self._seen[inode]
-        return None
+    def _lose(self, inode: int) -> None:
+        """The socket is not where it was seen."""
+        if self._seen[inode].shares:
+            self._seen[inode].fd = NOWHERE
+        else:
+            self._lost[inode] = self._seen.pop(inode)
+
+    def _look_for(self, missing: set[int]) -> list[_socket.socket]:
+        """Duplicates of those that any process has. One that nobody has, and that does not listen, is gone, and forgotten."""
+        places = tables.descriptors_of(missing)
+        gone = missing - places.keys() - tables.listeners_on(self.port).keys()
+        found = []
+        for inode, (thread, fd) in places.items():
+            if inode in self._lost:
+                self._seen[inode] = self._lost.pop(inode)
+            seen = self._seen[inode]
+            seen.thread, seen.fd = thread, fd
+            socket = self._have(inode, seen)
+            if socket is not None:
+                found.append(socket)
+        for inode in gone:
+            self._seen.pop(inode, None)
+            self._lost.pop(inode, None)
+        return found
 
     def _have(self, inode: int, seen: _Seen) -> _socket.socket | None:
         if seen.fd == NOWHERE:
@@ -102,21 +121,17 @@ class Own:
         """
         if traits.shares:
             return False
+        others = self._seen if is_tidy else {**self._seen, **self._lost}
         suspects = {
             other
-            for other, seen in self._seen.items()
+            for other, seen in others.items()
             if (seen.shares or not is_tidy) and other != traits.inode and overlap(host, seen.host)
         }
         return bool(suspects) and not suspects.isdisjoint(tables.listeners_on(self.port))
 
     def strangers(self, listening: Iterable[int], but: int = 0) -> set[int]:
-        """The inodes in `listening` that are neither the command's nor `but`.
-
-        A socket of the command that could not be had, and that does not listen, is gone, and is forgotten.
-        """
-        alive = {*listening}
-        self._seen = {inode: seen for inode, seen in self._seen.items() if inode in alive or not seen.is_lost}
-        return alive - self._seen.keys() - {but}
+        """The inodes in `listening` that are neither the command's nor `but`."""
+        return {*listening} - self._seen.keys() - self._lost.keys() - {but}
 
 
 class Others:
@@ -145,14 +160,13 @@ class Others:
 class _Seen:
     """Where a socket was seen last, and how it was bound."""
 
-    __slots__ = ("fd", "host", "is_lost", "shares", "thread")
+    __slots__ = ("fd", "host", "shares", "thread")
 
     def __init__(self, thread: int, fd: int, host: str, shares: bool) -> None:
         self.thread = thread
         self.fd = fd
         self.host = host
         self.shares = shares
-        self.is_lost = False  # it could not be had: it is closed, or somebody else has it
 
     def is_there(self, inode: int) -> bool:
         """Whether the socket is still where it was seen. A gated socket may be, though we get no duplicate of it."""

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,6 +42,7 @@ MANY = 6  # sockets at a time
 SERVED = ["127.0.0.1", "127.0.0.2", "::1"]
 FD_LISTENERS = ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0", "*:0"]
 KINDS = len(FD_LISTENERS)
+LATE = 2.0  # seconds in which the kernel gives back the number of a socket of MPTCP that was closed
 
 
 # How a process follows another one: the command starts it itself; portexec is asked to restart the command; the command fails
@@ -281,6 +283,8 @@ class Sequence:
         self.bound: dict[int, Bound] = {}
         self.has_served_shared = False  # there may be connections that are left of a socket with SO_REUSEPORT
         self.has_served_dropped = False  # there may be connections of which the user is not that of the sockets
+        self.multipath: set[int] = set()
+        self.has_closed_multipath = False  # the kernel closes a socket of MPTCP a moment later
         self.can_drop = stage.cast.command == 0
         if stage.cast.hand_off == "fd":
             self.options[0] = (1, 0)
@@ -322,6 +326,8 @@ class Sequence:
     def make(self, family: str, reuse_address: int, reuse_port: int, *, is_mptcp: int) -> None:
         self.count += 1
         self.families[self.count] = family
+        if is_mptcp:
+            self.multipath.add(self.count)
         self.do("make", self.count, family, reuse_address, reuse_port, is_mptcp)
 
     def meet(self, host: str) -> None:
@@ -337,6 +343,7 @@ class Sequence:
 
     def close(self, name: int) -> None:
         del self.families[name]
+        self.has_closed_multipath = self.has_closed_multipath or name in self.multipath
         self.handed_on.discard(name)
         self.bound.pop(name, None)
         self.do("close", name)
@@ -364,6 +371,8 @@ class Sequence:
             guarded = bare = "ok"
         else:
             guarded, bare = self.stage.both(*step)
+        if guarded != bare and self.has_closed_multipath:
+            guarded, bare = self.insist(step, guarded, bare)
         self.steps.append([*step, guarded])
         if guarded != bare and not self.explained:
             self.explained = self.explain(step, guarded, bare)
@@ -373,6 +382,17 @@ class Sequence:
         for who, got in self.stage.probe(self.port).items():
             self.note(who, f"got: {got[:6]}")
         return guarded
+
+    def insist(self, step: Any, guarded: Any, bare: Any) -> tuple[Any, Any]:
+        """Have the one that was refused a number try again, while the kernel may not have given it back yet."""
+        assert self.stage.bare is not None
+        end = time.monotonic() + LATE
+        while guarded != bare and "EADDRINUSE" in (guarded[0], bare[0]) and time.monotonic() < end:
+            if guarded[0] == "EADDRINUSE":
+                guarded = self.stage.guarded.ask(*step)
+            else:
+                bare = self.stage.bare.ask(*step)
+        return guarded, bare
 
     def remember(self, step: Any, outcome: Any) -> None:
         if step[0] == "make":
