@@ -19,15 +19,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from portexec.admission.elsewhere import likeliest
+from portexec.binding import unix
 from portexec.binding.listeners import Listener
+from portexec.command.undo import Undo
 from portexec.lifetime import get
+from portexec.lifetime.notify import NotifySocket
 from portexec.lifetime.probe import Probe
 from portexec.parent import loop
 from portexec.parent.loop import first, readable, sleep
@@ -610,6 +613,17 @@ def test_the_modules_of_readiness_are_imported_for_their_form_only() -> None:
 
 
 # notify
+
+
+def test_whoever_sends_without_a_pause_leaves_signals_and_time_limits_their_turn() -> None:
+    """Everybody can send to an abstract name: there is always one more message here."""
+    notify = NotifySocket("", Undo())
+    with closing(notify.socket), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        for _ in range(2):  # turns
+            sender.sendto(b"STATUS=busy", unix.address(notify.name))
+            for number, _ in enumerate(notify.received()):
+                assert number < 10_000
+                sender.sendto(b"STATUS=busy", unix.address(notify.name))
 
 
 @pytest.fixture(params=["abstract", "path"])

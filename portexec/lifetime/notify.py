@@ -34,6 +34,7 @@ _SCM_CREDENTIALS = 2
 _SCM_PIDFD = 4
 _INT = struct.Struct("i")
 _MAX_DESCRIPTORS = 253  # SCM_MAX_FD, which a message can bring
+_AT_ONCE = 256  # messages, before signals and time limits have their turn; the kernel's queue is shorter by default
 _MAX_DATAGRAM = 1 << 16
 _MASK = 0o177  # umask for a socket at a path: whoever may write to it may send to it
 _MASK_OF_ROOT = 0o111  # everybody may send, since the command may become any user
@@ -71,10 +72,11 @@ class NotifySocket:
     def received(self) -> Iterator[tuple[int, dict[str, str]]]:
         """The messages that have come, from senders whom we believe, each with the pid of its sender.
 
+        It ends after so many messages, however fast anybody sends: everybody can send to an abstract name.
         The descriptors that come with a message are closed when it was handled: that answers BARRIER=1.
         """
         size = sum(map(_socket.CMSG_SPACE, (_CREDENTIALS.size, _INT.size, _MAX_DESCRIPTORS * _INT.size)))
-        while True:
+        for _ in range(_AT_ONCE):
             try:
                 data, ancillary, _, _ = self.socket.recvmsg(_MAX_DATAGRAM, size, _socket.MSG_CMSG_CLOEXEC)
             except OSError:
