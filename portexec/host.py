@@ -18,7 +18,7 @@ import gc
 import os
 import sys
 
-from portexec import control, launch, options, start
+from portexec import control, kernel, launch, options, start
 from portexec.command.plan import template_values
 from portexec.command.undo import Undo
 from portexec.errors import STATUS_FAILURE, CloseOnError, PortexecError, UsageError, reason, shortage
@@ -325,7 +325,7 @@ def main(fd: int, program: int | None) -> NoReturn:
         naming.name_front()
         possible.why_not()  # orphans become ours, where they can
         family = Family(signals.Inbox(), set(), set(), is_shared=True)
-        _raise_limit()
+        kernel.raise_descriptor_limit()  # many servers take many; each command gets the limit of its own order
         gc.freeze()  # see `start.Parent`
         gc.enable()
         loop.run(Host(fd, family, Home()).live(program))
@@ -339,14 +339,6 @@ def main(fd: int, program: int | None) -> NoReturn:
 def _close(descriptors: list[int]) -> None:
     for fd in descriptors:
         os.close(fd)
-
-
-def _raise_limit() -> None:
-    """Raise our soft limit of descriptors: many servers take many. Each command gets the limit of its own order."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _tell_failure(fd: int, error: BaseException) -> None:

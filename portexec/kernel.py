@@ -99,6 +99,14 @@ def keep_only(keep: set[int]) -> None:
         os.close(null)
 
 
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of descriptors to the hard one. What this process has forked before keeps its own limit."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def die_by(number: int) -> None:
     """End by this signal, without a second core file. Returns where that is impossible, as for PID 1."""
     import resource

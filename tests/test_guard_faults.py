@@ -206,7 +206,10 @@ def test_check_tells_what_can_be_had(where: str) -> None:
 @pytest.mark.root
 def test_check_tells_what_the_same_user_can_do_below_a_root_that_may_not_give_sockets_away() -> None:
     """With CAP_CHOWN root's sockets are nobody's while they go past the guard; without it they are as open as anybody's."""
-    for prefix, whose in (([], "the command has dropped its user"), (child("without_rights"), "listen of the command")):
+    for prefix, whose in (
+        ([], "on a socket that shares by itself or is MPTCP"),
+        (child("without_rights"), "listen of the command"),
+    ):
         assert json.loads(run("--check", "--json", prefix=prefix).stdout)["same_user"].endswith(whose)
 
 
@@ -279,6 +282,18 @@ def test_what_fails_in_the_parent_fails_no_other_bind() -> None:
         assert asked(started) == "0 0"
 
 
+def test_a_low_limit_of_descriptors_is_the_commands_alone() -> None:
+    """The command may raise it, and bind by many threads at once. The shim takes descriptors for each call that waits."""
+    prefix = ["sh", "-c", 'ulimit -Sn 16; exec "$@"', "sh"]
+    with running(*GUARD, sys.executable, "-c", "print(flush=True); input()", stdin=subprocess.PIPE, prefix=prefix) as started:
+        assert read_line(started.process) == ""
+        (shim,) = children_of(started.process.pid)
+        (command,) = children_of(shim)
+        limits = [resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in (shim, command)]
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert limits == [(hard, hard), (16, hard)]
+
+
 @pytest.mark.parametrize("limit", range(5, 10))
 def test_too_few_descriptors_are_no_bug(limit: int) -> None:
     done = subprocess.run(
@@ -289,6 +304,7 @@ def test_too_few_descriptors_are_no_bug(limit: int) -> None:
         check=False,
     )
     assert "Traceback" not in done.stderr
+    assert "Address already in use" not in done.stderr
     assert done.returncode in (0, 125)
 
 

@@ -501,6 +501,34 @@ def test_a_number_that_was_served_on_can_be_had_again_at_once(first: str, second
         served(second, str(port), inside)
 
 
+BINDS_ONLY = (
+    "import socket, sys; made = socket.socket(); made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1);"
+    " made.bind((sys.argv[1], 8000)); print('bound', flush=True); sys.stdin.read()"
+)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "old connections"])
+@TOGETHER
+def test_a_number_that_somebody_has_bound_and_does_not_serve_is_in_use(hand_off: str, fresh: bool, host: str) -> None:
+    """Somebody who has set SO_REUSEADDR does not count as an old connection, beside which a number can be had."""
+    if not fresh and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (6, 8):
+        pytest.skip("this kernel does not tell who has merely bound a number")
+    with namespace("lo=up") as inside:
+        if not fresh:
+            served(hand_off, "8000", inside)
+        words = [*inside, sys.executable, "-c", BINDS_ONLY, host]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "bound\n"
+            refused = run("-H", hand_off, "-l", "8000", "--", "true", prefix=inside)
+            other = run("-q", "-H", hand_off, "-l", "8000,0", "--", "printenv", "PORT", prefix=inside)
+            holder.communicate()
+    assert (refused.returncode, other.returncode) == (125, 0)
+    assert refused.stderr.startswith("portexec: error: cannot listen on 127.0.0.1:8000: Address already in use")
+    assert other.stdout != "8000\n"
+
+
 def race(words: Sequence[str], prefix: Sequence[str], count: int) -> None:
     """Launch at once on one number: one serves, the others fail with a clean error."""
     with greeters() as start:

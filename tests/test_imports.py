@@ -64,7 +64,7 @@ api.pytest_entry:
 api.pytest_plugin: api.driver api.factories api.known_servers api.serve api.watchers errors
 api.serve: api.driver api.output binding.spec errors
 api.watchers:
-binding.guard: errors
+binding.guard: binding.tables errors
 binding.known_as: binding.listeners errors
 binding.listeners: binding.guard binding.refusals binding.spec binding.unix command.undo errors
 binding.refusals: binding.guard binding.spec binding.tables errors
@@ -91,8 +91,8 @@ control: errors plainjson
 errors:
 explain: binding.guard command.activation command.plan command.publish errors launch project request
 foresee: command.execute command.plan command.publish errors launch lifetime.log lifetime.notify request start writable
-host: admission.answer binding.listeners command.plan command.undo control errors launch options parent.family parent.loop
-    parent.naming parent.possible parent.signals parent.supervisor request say start surroundings
+host: admission.answer binding.listeners command.plan command.undo control errors kernel launch options parent.family
+    parent.loop parent.naming parent.possible parent.signals parent.supervisor request say start surroundings
 kernel:
 launch: binding.known_as binding.listeners command.activation command.environment command.execute command.plan
     command.templates command.undo errors request

@@ -181,9 +181,13 @@ def _bind_guard(guard: _socket.socket, address: str, number: int) -> None:
     try:
         guard.bind((address, number))
     except OSError as error:
-        if error.errno != errno.EADDRINUSE or not number:
+        from portexec.binding import tables
+
+        if error.errno != errno.EADDRINUSE or not number or not tables.may_have_connections(number):
             raise
         _bind_beside_old_connections(guard, (address, number))
+        if tables.is_bound_by_others(number, os.fstat(guard.fileno()).st_ino):
+            raise
 
 
 def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]) -> None:
@@ -193,6 +197,9 @@ def _bind_beside_old_connections(guard: _socket.socket, address: tuple[str, int]
     on one address of this number that nobody uses. The mutex cannot be bound while anybody holds the number on all addresses.
     While we hold the mutex, no other launch gets here. The mutex is bound without SO_REUSEADDR. That also keeps the kernel
     from caching that the option suffices on this number (tb->fastreuse, Linux up to 6.1).
+
+    SO_REUSEADDR also gets past whoever has bound one address with that option, and does not listen. The caller looks for such
+    sockets, as far as the kernel shows them.
     """
     mutex = new_socket(AF_INET)
     try:

@@ -357,6 +357,16 @@ def who_has(port: int) -> str:
     return ""
 
 
+def may_have_connections(port: int) -> bool:
+    """Whether connections of an earlier server may be left on a number: some are, or /proc does not tell."""
+    return bool(sockets_on(port)) or not os.access("/proc/net/tcp", os.R_OK)
+
+
+def is_bound_by_others(port: int, inode: int) -> bool:
+    """Whether another socket than this one is bound to a number, and does not listen, as far as Linux 6.8 and newer tell."""
+    return any(socket.inode != inode for socket in _merely_bound(port))
+
+
 def _merely_bound(port: int) -> list[TcpSocket]:
     """The sockets that keep a number and do not listen, as guards do. None where the kernel does not tell."""
     identity = port.to_bytes(2, "big") + bytes(46)

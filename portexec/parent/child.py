@@ -19,7 +19,7 @@ from portexec.admission import seccomp
 from portexec.binding.guard import IP_FREEBIND
 from portexec.command import execute
 from portexec.command.plan import Plan
-from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, of_status, reason
+from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, is_shortage, of_status, reason
 from portexec.parent.link import Link, pair
 from portexec.parent.loop import first, readable
 from portexec.parent.signals import Inbox, send
@@ -111,6 +111,7 @@ async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int
         if kind == EXHAUSTED:
             raise OSError(0, fields[0])
         if kind != REHEARSED or fields[0]:
+            os.close(os.dup(child.link.fileno()))  # raises OSError where we had no descriptor left to answer with
             raise RefusedError(f"the rehearsal failed: {fields[0] or 'the child ended'}")
         if child.admission.was_gated and remap:
             raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
@@ -205,6 +206,8 @@ def _rehearse(link: Link, port: int) -> _socket.socket:
         socket.listen(1)
         problem = "" if socket.getsockname() == address else "another address was bound"
     except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or is_shortage(error):
+            raise
         problem = reason(error)
     link.say(REHEARSED, problem)
     return socket

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from portexec.parent.signals import Inbox
 
 
+_FEW_DESCRIPTORS = 1024  # the limit that Linux begins with
+
 shims: dict[int, Shim] = {}  # the shims of this process by their pids, until they were waited for
 
 
@@ -202,6 +204,8 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
     try:
         if job.guards:
             child = fork_child(job.plan, inbox, next(iter(job.guards)))
+            if 0 < os.sysconf("SC_OPEN_MAX") < _FEW_DESCRIPTORS:
+                kernel.raise_descriptor_limit()  # the command may raise its own, and bind by many threads at once
             loop.run(rehearse(child, job.guards, job.remap))
         else:
             child = fork_child(job.plan, inbox)
