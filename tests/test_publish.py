@@ -193,6 +193,22 @@ def test_port_file_replaces_a_regular_file(directory: Path) -> None:
 
 
 @pytest.mark.root
+def test_export_appends_to_no_strangers_file_where_anybody_may_put_one(directory: Path) -> None:
+    """In a directory such as /tmp. Where only its owner may, as a runner's in a container, the file may be the owner's."""
+    path = directory / "env"
+    for owner, mode, status in ((support.STRANGER, 0o755, 0), (support.STRANGER, 0o1777, 125), (os.geteuid(), 0o1777, 0)):
+        path.write_text("A=1\n")
+        os.chown(path, owner, owner)
+        path.chmod(0o666)
+        directory.chmod(mode)
+        result = run_fd("--export", str(path), "--", "true")
+        assert (result.returncode, "PORT=" in path.read_text()) == (status, not status)
+        if status:
+            hint = "remove it, or choose a directory that only you may write to"
+            assert f"export file {path}: somebody else may have put it there\nportexec: hint: {hint}\n" in result.stderr
+
+
+@pytest.mark.root
 def test_port_file_replaces_no_strangers_file_where_strangers_may_put_one(directory: Path) -> None:
     path = directory / "p"
     path.write_text("theirs\n")

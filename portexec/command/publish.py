@@ -178,6 +178,8 @@ def _append_to_new(path: str, lines: bytes, undo: Undo) -> bool:
 def _append_and_close(fd: int, path: str, lines: bytes) -> bool:
     """Append to an open file, and close it. Whether it is still the file at its path."""
     try:
+        if os.stat(os.path.dirname(path) or ".").st_mode & stat.S_IWOTH:
+            _require_own(os.fstat(fd))
         _append_to(fd, lines)
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
