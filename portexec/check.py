@@ -116,7 +116,7 @@ def _same_user() -> str:
     """What a process of the command's user can do below hand-off guard, and another user's cannot."""
     when = "during each bind or listen of the command"
     if os.geteuid() == 0 and can_hide():
-        when += " on a socket that shares by itself or is MPTCP, if the command has dropped its user"
+        when += " on a socket that shares by itself or is MPTCP"
     return f"with guard, can bind the number with SO_REUSEPORT {when}"
 
 

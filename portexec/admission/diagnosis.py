@@ -62,7 +62,7 @@ class Diagnosis(Observer):
         self._say(
             ("in the way", owner),
             f"error: port {port} is shared by another listener: {owner}",
-            "hint: the command's bind was refused; stop that process, which runs as the same user",
+            "hint: the command's bind was refused; stop that process",
         )
 
     def not_clean(self, port: int) -> None:

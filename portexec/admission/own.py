@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from portexec.admission.seccomp import Threads
     from portexec.binding.guard import Traits
 
-_FEW = 32  # sockets; only when there are more, we look which of them are where they were seen
+_FEW = 128  # sockets; only when there are more, we look which of them are where they were seen
 _MANY = 1024  # lost ones; only when there are more, we look in all processes, which takes some 10 ms, for those that are left
 NOWHERE = -1  # in place of a descriptor
 
