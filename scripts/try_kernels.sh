@@ -7,10 +7,19 @@
 # minutes for each column. TRY_COLUMNS chooses among root, user, yama2 and yama3, TRY_ONLY the cases that have a word in their
 # names. What is made stays in $TRY_PLACES, by default /var/tmp/portexec-places; a suite whose archive cannot be had is said and
 # left out. Not part of continuous integration.
+#
+# TRY_TESTS has words for pytest, as "tests/test_guard.py tests/test_theft.py": these tests are run in each column, instead of the
+# cases, and pytest's own output is printed. Their root file system has a virtual environment, gcc and strace, and is another one.
+# Emulated, a test takes ten to thirty times as long: TRY_SLOW, by default 20, is how much longer the tests wait, and TRY_EXAMPLES
+# how many examples the state machine of the guard tries. TRY_CPUS is the number of processors, by default 2.
 set -euo pipefail
 . "$(dirname "$0")/try_common.sh"
 
 columns=${TRY_COLUMNS:-root user yama2 yama3}
+tests=${TRY_TESTS:-}
+slow=${TRY_SLOW:-20}
+results=$work/kernels
+[ -z "$tests" ] || results=$work/kernels-tests
 suites=("$@")
 [ $# -gt 0 ] || suites=(bullseye bookworm trixie sid)
 
@@ -38,8 +47,35 @@ download_kernel() {
     touch "$target/made"
 }
 
+make_test_root() {
+    # A root file system that has what the tests need, with the whole checkout.
+    local tools=gcc,gcc-multilib,strace,curl,make,git,util-linux,procps,libsystemd0,systemd,bash
+    root=$work/root-tests
+    make_root "$root" bookworm --include="python3,iproute2,kmod,python3-venv,ca-certificates,$tools"
+    (cd "$checkout" && tar --create --exclude __pycache__ --exclude .git --exclude '.venv*' .) | tar --extract --directory "$root/opt/portexec"
+    chmod -R go+rX "$root/opt/portexec"
+    if [ ! -e "$root/opt/venv/made" ]; then
+        say "a virtual environment in $root"
+        rm -rf "$root/opt/venv"
+        cp /etc/resolv.conf "$root/etc/resolv.conf"
+        [ -z "${PIP_CERT:-}" ] || cp --dereference "$PIP_CERT" "$root/etc/ssl/certs/ca-certificates.crt"
+        chroot "$root" python3 -m venv /opt/venv
+        chroot "$root" sh -c 'unset PIP_CERT PIP_FIND_LINKS && cd /opt/portexec && pip="/opt/venv/bin/pip --quiet --no-cache-dir" &&
+            $pip install --upgrade pip && $pip install --editable . --group test && rm -f /opt/venv/bin/uv*' >"$work/pip.log" 2>&1
+        touch "$root/opt/venv/made"
+    fi
+    # What is compiled here takes no time in the guest. pytest compiles its test modules in a way of its own.
+    chroot "$root" /opt/venv/bin/python -m compileall -q /opt/portexec/tests || true # one has a mistake on purpose
+    chroot "$root" sh -c "cd /opt/portexec && /opt/venv/bin/python -m pytest --collect-only -q $tests" >"$work/collected" </dev/null
+    grep -q ^tester: "$root/etc/passwd" || echo tester:x:1000:1000::/tmp:/bin/sh >>"$root/etc/passwd"
+}
+
 write_init() {
-    # The first program: mounts, and a run of the cases for each column, with lines around it by which it is found again.
+    # The first program: mounts, and a run of the cases, or of the tests, for each column, with lines around it by which it is
+    # found again.
+    local command
+    command="python3 /opt/portexec/scripts/try_cases.py --only \"${TRY_ONLY:-}\" --as \"\$2\""
+    [ -z "$tests" ] || command="try_tests \"\$2\""
     cat >"$1" <<INIT
 #!/bin/sh
 export PATH=/usr/sbin:/usr/bin TRY_DEADLINE=240
@@ -48,7 +84,20 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs -o mode=1777 tmp /tmp
 ip link set lo up
-run() { echo "@@ begin \$1"; python3 /opt/portexec/scripts/try_cases.py --only "${TRY_ONLY:-}" --as "\$2" 2>&1; echo "@@ end"; }
+run() { echo; echo "@@ begin \$1"; $command 2>&1; echo "@@ end"; }
+try_tests() (
+    # As in a session of a distribution: terminals, a home, and more descriptors for who asks.
+    mkdir -p /dev/pts /dev/shm /tmp/as-\$1
+    mountpoint -q /dev/pts || mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+    mountpoint -q /dev/shm || mount -t tmpfs -o mode=1777 shm /dev/shm
+    ulimit -Hn 524288
+    chown "\$1" /tmp/as-\$1
+    export HOME=/tmp/as-\$1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/as-\$1/hypothesis LANG=C.UTF-8
+    export PORTEXEC_SLOW=$slow PORTEXEC_EXAMPLES=${TRY_EXAMPLES:-}
+    cd /opt/portexec
+    exec setpriv --reuid "\$1" --regid "\$1" --clear-groups -- /opt/venv/bin/python -m pytest --color no -q -p no:cacheprovider \\
+        --timeout $((slow * 240)) $tests </dev/null
+)
 for column in $columns; do
     case \$column in
         root) run root 0 ;;
@@ -62,12 +111,13 @@ INIT
 }
 
 make_initramfs() {
-    # The root file system, the kernel's modules that tell of sockets, which sock_diag(7) has loaded, and the first program.
+    # The root file system, the kernel's modules that tell of sockets, which sock_diag(7) has loaded, or are a network device, and
+    # the first program.
     local modules=$1/lib/modules version=$2 file=$3 first=$work/first-$2
     mkdir -p "$root/lib/modules/$version" "$first"
     (
         cd "$modules/$version"
-        find . \( -name '*_diag.ko*' -o -name 'modules.builtin*' -o -name modules.order \) -print0 |
+        find . \( -name '*_diag.ko*' -o -name 'veth.ko*' -o -name 'dummy.ko*' -o -name 'modules.builtin*' -o -name modules.order \) -print0 |
             cpio --quiet --null --pass-through --make-directories --unconditional "$root/lib/modules/$version"
     )
     chroot "$root" depmod "$version"
@@ -78,15 +128,16 @@ make_initramfs() {
 
 boot() {
     # Boot one kernel, and cut what it printed into a file for each column.
-    local suite=$1 target=$work/kernel-$1 version log=$work/boot-$1.log accelerator=tcg,thread=multi cpu=max
+    local suite=$1 target=$work/kernel-$1 version log=$work/boot-$1.log accelerator=tcg,thread=multi cpu=max memory=2048
     version=$(basename "$target"/lib/modules/*)
     [ -z "${TRY_KVM:-}" ] || { accelerator=kvm cpu=host; }
+    [ -z "$tests" ] || memory=4096
     make_initramfs "$target" "$version" "$work/initramfs-$suite"
     say "$suite: Linux $version, $columns"
-    timeout "${TRY_TIMEOUT:-7200}" qemu-system-x86_64 -accel "$accelerator" -cpu "$cpu" -smp 2 -m 2048 -nic none -nographic -no-reboot \
+    timeout "${TRY_TIMEOUT:-7200}" qemu-system-x86_64 -accel "$accelerator" -cpu "$cpu" -smp "${TRY_CPUS:-2}" -m "$memory" -nic none -nographic -no-reboot \
         -kernel "$target/boot/vmlinuz-$version" -initrd "$work/initramfs-$suite" \
         -append "console=ttyS0 panic=-1 loglevel=0 tsc=reliable" </dev/null >"$log" 2>&1 || say "$suite: qemu ended with $?"
-    tr -d '\r' <"$log" | awk -v place="$work/kernels/$(echo "$version" | cut -d. -f1-2)" '
+    tr -d '\r' <"$log" | awk -v place="$results/$(echo "$version" | cut -d. -f1-2)" '
         /^@@ begin/ { file = place "-" $3 ".txt"; printf "" >file; next }
         /^@@ end/ { file = "" }
         file != "" { print >file }'
@@ -94,9 +145,9 @@ boot() {
 }
 
 need qemu-system-x86_64 qemu-system-x86 cpio cpio
-make_root
-mkdir -p "$work/kernels"
+if [ -n "$tests" ]; then make_test_root; else make_root; fi
+mkdir -p "$results"
 for suite in "${suites[@]}"; do
     if download_kernel "$suite"; then boot "$suite"; else say "$suite: its kernel cannot be had here"; fi
 done
-table kernels
+if [ -n "$tests" ]; then tail -n 1 "$results"/*.txt; else table kernels; fi

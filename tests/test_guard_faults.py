@@ -50,6 +50,7 @@ from tests.support.installed import has_ipv6, program
 from tests.support.network import THEFTS, steal
 from tests.support.proc import children_of
 from tests.support.processes import NO_SOCK_DIAG, refusing
+from tests.support.waiting import SLOW
 
 pytestmark = pytest.mark.once
 
@@ -360,7 +361,7 @@ def test_told_to_stop_it_stops_what_has_no_main_thread_any_more() -> None:
 
 @pytest.mark.parametrize("kind", ["restart", "interrupt"])
 def test_a_storm_of_signals_loses_no_bind(kind: str) -> None:
-    done = run(*GUARD, *FAULTS, "storm", kind, "0.00005", "300")
+    done = run(*GUARD, *FAULTS, "storm", kind, str(0.00005 * SLOW), "300")
     assert (done.stderr, done.returncode) == ("", 0)
     assert json.loads(done.stdout) == [[], True]
 
@@ -368,7 +369,7 @@ def test_a_storm_of_signals_loses_no_bind(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["restart", "interrupt"])
 def test_signals_on_a_kernel_where_they_interrupt_a_bind(kind: str) -> None:
     """Before Linux 5.19 a signal takes the caller away from its notification, and the bind comes once more."""
-    done = run(*GUARD, *FAULTS, "storm", kind, "0.0007", "300", prefix=refusing(*BEFORE_5_19))
+    done = run(*GUARD, *FAULTS, "storm", kind, str(0.0007 * SLOW), "300", prefix=refusing(*BEFORE_5_19))
     assert (done.stderr, done.returncode) == ("", 0)
     assert json.loads(done.stdout) == [[], True]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from tests.support.guard_world import (
     staged,
 )
 
-EXAMPLES = 60
+EXAMPLES = int(os.environ.get("PORTEXEC_EXAMPLES") or 60)
 STEPS = 25  # of one example at the most
 
 pytestmark = [pytest.mark.once, pytest.mark.root]  # the players are several users

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,7 +11,8 @@ import pytest
 
 T = TypeVar("T")
 
-DEADLINE = 30.0  # seconds after which a wait has failed; nothing is asserted about speed
+SLOW = float(os.environ.get("PORTEXEC_SLOW") or 1)  # how many times longer everything takes; an emulated machine is slow
+DEADLINE = 30.0 * SLOW  # seconds after which a wait has failed; nothing is asserted about speed
 LIMITS = (1.0, 5.0, DEADLINE)  # to try one after the other, where what comes before a time limit is too late on a busy machine
 
 
