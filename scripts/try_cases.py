@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILDREN = ROOT / "tests" / "children"
 sys.path.insert(0, str(ROOT / "tests" / "support"))  # the package around it needs pytest
 
-from binds import CASES  # type: ignore[import-not-found]  # noqa: E402
+from binds import CASES, GATED_BEFORE_6_9, kernel_version  # type: ignore[import-not-found]  # noqa: E402
 
 DEADLINE = float(os.environ.get("TRY_DEADLINE", "60"))  # seconds for one case; an emulated machine is slow
 STRANGER = 65534
@@ -52,7 +52,6 @@ ASK = "import sys, urllib.request; sys.exit(7 * urllib.request.urlopen(sys.argv[
 TESTS = f'{sys.executable} -c "{ASK}" {{url}}'  # end with 7 when the server answers
 NOT_ROOT = "-: for root, with other users"
 NEEDS_ROOT = {"drop_before_socket", "drop_after_socket", "other_network"}
-GATED_BEFORE_6_9 = {"after_leader_exit", "unshared_table"}  # a pidfd is that of a process there, not of a thread
 GATED_WITHOUT_PTRACE = {"drop_before_socket", "drop_after_socket"}  # root may not look into other users' processes
 CAP_SYS_PTRACE = 1 << 19
 REFUSALS = {
@@ -336,10 +335,6 @@ def is_gated_here(case: str) -> bool:
 def may_trace() -> bool:
     fields = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return bool(int(fields["CapEff"], 16) & CAP_SYS_PTRACE)
-
-
-def kernel_version() -> tuple[int, ...]:
-    return tuple(int(word) for word in os.uname().release.split("-")[0].split("+")[0].split(".")[:2])
 
 
 def refusal(done: subprocess.CompletedProcess[str], what: str) -> str:

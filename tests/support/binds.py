@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 OK = "ok"
 CASES: dict[str, object] = {
     "plain": [OK, OK, True, OK],
@@ -38,3 +40,10 @@ CASES: dict[str, object] = {
     "unspecified_family": [0, OK, True, OK],
     "no_descriptor": ["EBADF", "EBADF", "ENOTSOCK", "ENOTSOCK", "EBADF", "EBADF"],
 }
+
+# The guard gives way to SO_REUSEADDR only: a pidfd is that of a process before Linux 6.9, not of a thread.
+GATED_BEFORE_6_9 = {"after_leader_exit", "unshared_table"}
+
+
+def kernel_version() -> tuple[int, ...]:
+    return tuple(int(word) for word in os.uname().release.split("-")[0].split("+")[0].split(".")[:2])
