@@ -1,6 +1,7 @@
 """Tries to take one TCP number from whoever holds it, by every way a process has, and prints as JSON what came of it.
 
     thief.py all NUMBER OPTIONS...          every way with these OPTIONS, and then with the next; prints a list of attempts
+    thief.py connect NUMBER OPTIONS         of these ways, only to connect from it
     thief.py udp NUMBER                     the same number for UDP, which is no theft
     thief.py keep NUMBER ADDRESS OPTIONS    takes it, prints the attempt, and keeps it until stdin ends
     thief.py hammer NUMBER COUNT OPTIONS    prints `ready`, names the number COUNT times with all addresses and with the
@@ -58,6 +59,8 @@ def main() -> None:
     way, *words = words
     if way == "all":
         say([found for allowed in words[1:] for found in every_way(int(words[0]), allowed.split(","))])
+    elif way == "connect":
+        say(list(connect_from_its_range(int(words[0]), words[1].split(","))))
     elif way == "udp":
         say(bind_udp(int(words[0])))
     elif way == "keep":
