@@ -221,7 +221,6 @@ class Host:
     async def _prepare_for_more(self) -> None:
         """Import what shims need, once for all of them; after the first server, which must not wait for it."""
         await self.has_served.wait()
-        import portexec.admission.answer
         import portexec.parent.supervisor  # noqa: F401  # for the shims that are forked later
 
     async def _ends(self, program: int) -> None:

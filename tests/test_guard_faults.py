@@ -295,10 +295,11 @@ def test_a_low_limit_of_descriptors_is_the_commands_alone() -> None:
     assert limits == [(hard, hard), (16, hard)]
 
 
+@pytest.mark.parametrize("options", [[], ["-H", "guard"]], ids=" ".join)
 @pytest.mark.parametrize("limit", range(5, 10))
-def test_too_few_descriptors_are_no_bug(limit: int) -> None:
+def test_too_few_descriptors_are_no_bug(limit: int, options: list[str]) -> None:
     done = subprocess.run(
-        ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *PORTEXEC, "--", "true"],
+        ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *PORTEXEC, *options, "--", "true"],
         capture_output=True,
         text=True,
         timeout=DEADLINE,

@@ -23,6 +23,7 @@ import pytest
 
 from portexec.binding import unix
 from tests.support import DEADLINE, PORTEXEC, STRANGER, child, descriptors_of, kill_group, run, status_of, wait_for
+from tests.support.binds import kernel_version
 from tests.support.installed import need, program
 
 pytestmark = pytest.mark.once
@@ -512,7 +513,7 @@ BINDS_ONLY = (
 @TOGETHER
 def test_a_number_that_somebody_has_bound_and_does_not_serve_is_in_use(hand_off: str, fresh: bool, host: str) -> None:
     """Somebody who has set SO_REUSEADDR does not count as an old connection, beside which a number can be had."""
-    if not fresh and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (6, 8):
+    if not fresh and kernel_version() < (6, 8):
         pytest.skip("this kernel does not tell who has merely bound a number")
     with namespace("lo=up") as inside:
         if not fresh:

@@ -91,7 +91,7 @@ control: errors plainjson
 errors:
 explain: binding.guard command.activation command.plan command.publish errors launch project request
 foresee: command.execute command.plan command.publish errors launch lifetime.log lifetime.notify request start writable
-host: admission.answer binding.listeners command.plan command.undo control errors kernel launch options parent.family
+host: binding.listeners command.plan command.undo control errors kernel launch options parent.family
     parent.loop parent.naming parent.possible parent.signals parent.supervisor request say start surroundings
 kernel:
 launch: binding.known_as binding.listeners command.activation command.environment command.execute command.plan

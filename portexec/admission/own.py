@@ -53,9 +53,9 @@ class Own:
 
     def place(self, inode: int, thread: int, fd: int) -> None:
         """Learn which socket is at this place now: a socket that was seen there before is there no more."""
-        for other, seen in list(self._seen.items()):
-            if other != inode and seen.fd == fd and seen.thread == thread:
-                self._lose(other)
+        gone = [other for other, seen in self._seen.items() if other != inode and seen.fd == fd and seen.thread == thread]
+        for other in gone:
+            self._lose(other)
 
     def duplicates(self, but: int = 0, *, is_thorough: bool = False) -> list[_socket.socket]:
         """Duplicates of those that can be had, without the inode `but`. The caller closes them soon.
@@ -65,10 +65,12 @@ class Own:
         """
         found = []
         for inode, seen in list(self._seen.items()):
-            socket = None if inode == but else self._have(inode, seen)
+            if inode == but:
+                continue
+            socket = self._have(inode, seen)
             if socket is not None:
                 found.append(socket)
-            elif inode != but and not seen.is_there(inode):
+            elif not seen.is_there(inode):
                 self._lose(inode)
         missing = {inode for inode, seen in self._seen.items() if seen.fd == NOWHERE}
         if is_thorough:

@@ -181,9 +181,11 @@ def _bind_guard(guard: _socket.socket, address: str, number: int) -> None:
     try:
         guard.bind((address, number))
     except OSError as error:
-        from portexec.binding import tables
+        if error.errno != errno.EADDRINUSE or not number:
+            raise
+        from portexec.binding import tables  # few starts come here
 
-        if error.errno != errno.EADDRINUSE or not number or not tables.may_have_connections(number):
+        if not tables.may_have_connections(number):
             raise
         _bind_beside_old_connections(guard, (address, number))
         if tables.is_bound_by_others(number, os.fstat(guard.fileno()).st_ino):

@@ -359,7 +359,7 @@ def who_has(port: int) -> str:
 
 def may_have_connections(port: int) -> bool:
     """Whether connections of an earlier server may be left on a number: some are, or /proc does not tell."""
-    return bool(sockets_on(port)) or not os.access("/proc/net/tcp", os.R_OK)
+    return any(socket.state != LISTEN for socket in sockets_on(port)) or not os.access("/proc/net/tcp", os.R_OK)
 
 
 def is_bound_by_others(port: int, inode: int) -> bool:

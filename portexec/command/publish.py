@@ -178,6 +178,7 @@ def _append_to_new(path: str, lines: bytes, undo: Undo) -> bool:
 def _append_and_close(fd: int, path: str, lines: bytes) -> bool:
     """Append to an open file, and close it. Whether it is still the file at its path."""
     try:
+        # Where only its owner may put files, the file may be the owner's: in a container, root appends to the file of a runner.
         if os.stat(os.path.dirname(path) or ".").st_mode & stat.S_IWOTH:
             _require_own(os.fstat(fd))
         _append_to(fd, lines)

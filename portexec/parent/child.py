@@ -19,7 +19,7 @@ from portexec.admission import seccomp
 from portexec.binding.guard import IP_FREEBIND
 from portexec.command import execute
 from portexec.command.plan import Plan
-from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, is_shortage, of_status, reason
+from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, of_status, reason, shortage
 from portexec.parent.link import Link, pair
 from portexec.parent.loop import first, readable
 from portexec.parent.signals import Inbox, send
@@ -206,7 +206,7 @@ def _rehearse(link: Link, port: int) -> _socket.socket:
         socket.listen(1)
         problem = "" if socket.getsockname() == address else "another address was bound"
     except (OSError, MemoryError) as error:
-        if isinstance(error, MemoryError) or is_shortage(error):
+        if shortage(error) is not None:
             raise
         problem = reason(error)
     link.say(REHEARSED, problem)

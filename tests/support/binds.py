@@ -46,4 +46,5 @@ GATED_BEFORE_6_9 = {"after_leader_exit", "unshared_table"}
 
 
 def kernel_version() -> tuple[int, ...]:
+    """The first two numbers of the kernel's release."""
     return tuple(int(word) for word in os.uname().release.split("-")[0].split("+")[0].split(".")[:2])

@@ -283,8 +283,7 @@ class Sequence:
         self.bound: dict[int, Bound] = {}
         self.has_served_shared = False  # there may be connections that are left of a socket with SO_REUSEPORT
         self.has_served_dropped = False  # there may be connections of which the user is not that of the sockets
-        self.multipath: set[int] = set()
-        self.has_closed_multipath = False  # the kernel closes a socket of MPTCP a moment later
+        self.multipath: set[int] = set()  # the sockets of MPTCP, closed ones too
         self.can_drop = stage.cast.command == 0
         if stage.cast.hand_off == "fd":
             self.options[0] = (1, 0)
@@ -343,7 +342,6 @@ class Sequence:
 
     def close(self, name: int) -> None:
         del self.families[name]
-        self.has_closed_multipath = self.has_closed_multipath or name in self.multipath
         self.handed_on.discard(name)
         self.bound.pop(name, None)
         self.do("close", name)
@@ -371,7 +369,7 @@ class Sequence:
             guarded = bare = "ok"
         else:
             guarded, bare = self.stage.both(*step)
-        if guarded != bare and self.has_closed_multipath:
+        if guarded != bare and self.multipath - self.families.keys():  # the kernel closes a socket of MPTCP a moment later
             guarded, bare = self.insist(step, guarded, bare)
         self.steps.append([*step, guarded])
         if guarded != bare and not self.explained:
