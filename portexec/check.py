@@ -150,7 +150,8 @@ def _rehearse(bound: Bound) -> str:
 
     inbox = Inbox()
     try:
-        child = fork_child(Plan(sys.executable, [sys.executable], {}), inbox, next(iter(bound.guards)))
+        port = next(iter(bound.guards))
+        child = fork_child(Plan(sys.executable, [sys.executable], {}), inbox, is_admitted=True, rehearsal_port=port)
         loop.run(rehearse(child, bound.guards, {}))
         child.end()
     finally:

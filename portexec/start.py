@@ -181,7 +181,7 @@ class Parent:
         self._register()
         _announce(self.launch, self.program)
         is_for_command = not self.lifetime.is_asked_for_with(self.launch.choice.hand_off)
-        if not self.lifetime.is_lazy:
+        if not (self.lifetime.is_lazy or self._starts_at_once()):
             first.go(early if is_for_command else ())
         return await self._live(first, () if is_for_command else early)
 
@@ -246,6 +246,8 @@ class Parent:
         shim = self._make_shim(self.launch.plan)
         if not self.lifetime.is_lazy:
             shim.ask_to_prepare()
+            if self._starts_at_once():
+                shim.ask_to_go()
         # While the shim and its child prepare. All else is imported when the command has begun to start: see `_live`.
         from portexec.lifetime.start import Start
 
@@ -263,7 +265,16 @@ class Parent:
                 raise
         if why := first.shim.why_gated:
             self.launch = self.launch.chosen(self.launch.choice.noting(f"gated: {why}"))
+        elif self.launch.choice.hand_off == GUARD:
+            self.family.note_rehearsal(self.limits or {}, len(self.launch.bound.guards))
         return first
+
+    def _starts_at_once(self) -> bool:
+        """Whether the command starts as soon as it can: a host tells its program afterwards, and all others have to be told
+        before.
+        """
+        chosen = self.launch.request.chosen
+        return self.family.is_shared and chosen.port_file is None and chosen.export is None
 
     def _make_shim(self, plan: Plan) -> Shim:
         from portexec.parent.shim import Shim
@@ -279,11 +290,12 @@ class Parent:
 
         is_server = plan.argv is self.launch.plan.argv
         lifetime = self.lifetime
+        guards = self.launch.bound.guards if is_server and self.launch.choice.hand_off == GUARD else {}
         return Job(
             plan,
             kill_after=lifetime.kill_after,
             patience=lifetime.patience,
-            guards=self.launch.bound.guards if is_server and self.launch.choice.hand_off == GUARD else {},
+            guards=guards,
             remap=self.launch.remap,
             leaves_daemons=not lifetime.is_asked_for_with(self.launch.choice.hand_off),
             kept=self._kept(),
@@ -292,6 +304,7 @@ class Parent:
             quiet=self.launch.request.chosen.quiet or not is_server,
             verbose=self.launch.request.chosen.verbose,
             is_apart=self.family.is_shared,
+            is_rehearsed=self.family.is_rehearsed(self.limits or {}, len(guards)),
             limits=self.limits,
             tell_end=(lambda: None) if self.program is None else self.program.tell_end,
         )

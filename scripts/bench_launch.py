@@ -90,11 +90,12 @@ def measure(rounds: int, subjects: dict[str, Callable[[], float]]) -> dict[str, 
 def runner(words: Sequence[str]) -> Callable[[], float]:
     """A function that runs the words once and says for how many seconds. Raises RuntimeError when they fail."""
     variables = environment()
+    program = shutil.which(words[0], path=variables["PATH"]) or words[0]  # posix_spawnp looks in the PATH of this process
     quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
 
     def run() -> float:
         begin = time.perf_counter()
-        pid = os.posix_spawnp(words[0], words, variables, file_actions=quiet)
+        pid = os.posix_spawn(program, words, variables, file_actions=quiet)
         _, status = os.waitpid(pid, 0)
         elapsed = time.perf_counter() - begin
         if status:

@@ -47,12 +47,12 @@ admission.answer: admission.gates admission.own admission.seccomp admission.sett
     parent.loop
 admission.diagnosis: admission.answer admission.elsewhere admission.rings parent.loop say
 admission.elsewhere:
-admission.gates: admission.seccomp binding.guard binding.tables
+admission.gates: admission.seccomp binding.guard binding.tables procfs
 admission.own: admission.gates admission.seccomp binding.guard binding.tables
 admission.privileges:
 admission.rings:
 admission.seccomp: kernel
-admission.settle: binding.tables kernel parent.loop
+admission.settle: binding.tables kernel parent.loop procfs
 api.driver: api.host api.output api.watchers control errors procfs
 api.factories: api.driver api.serve
 api.host: control errors plainjson procfs

@@ -13,6 +13,7 @@ import os
 import time
 
 from portexec.binding import tables
+from portexec.procfs import content
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,8 +138,7 @@ def _has_ended(thread: int) -> bool:
 
 def _read(thread: int, name: str) -> str:
     try:
-        with open(f"/proc/{thread}/{name}") as file:
-            return file.read()
+        return content(f"/proc/{thread}/{name}").decode(errors="replace")
     except OSError:
         return ""
 

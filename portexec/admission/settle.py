@@ -25,6 +25,7 @@ import time
 from portexec import kernel
 from portexec.binding import tables
 from portexec.parent.loop import Event, first, sleep, spawn
+from portexec.procfs import content
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -177,10 +178,8 @@ def _is_asleep(looks: Sequence[tuple[str, str]]) -> bool:
 def _look_at(thread: int) -> tuple[str, str]:
     """The call in which a thread sleeps, with its arguments, or `running`; and how often it has slept. Empty: not seen."""
     try:
-        with open(f"/proc/{thread}/syscall") as file:
-            call = file.read().strip()
-        with open(f"/proc/{thread}/status") as file:
-            _, _, rest = file.read().partition("\nvoluntary_ctxt_switches:")
+        call = content(f"/proc/{thread}/syscall").decode()
+        _, _, rest = content(f"/proc/{thread}/status").partition(b"\nvoluntary_ctxt_switches:")
     except OSError:
         return "", ""
-    return call, rest.split("\n", 1)[0].strip()
+    return call.strip(), rest.split(b"\n", 1)[0].decode().strip()

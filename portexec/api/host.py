@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 from portexec import control
 from portexec.errors import UsageError, reason
 from portexec.plainjson import dumps, loads
-from portexec.procfs import is_ending
+from portexec.procfs import content, is_ending
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -492,8 +492,7 @@ def _root() -> tuple[int, int]:
 
 def _content(path: str) -> str:
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        return content(path).decode(errors="surrogateescape")
     except OSError:
         return ""
 

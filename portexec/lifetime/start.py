@@ -173,11 +173,12 @@ class Start:
 
     def go(self, early: Iterable[signals.Received]) -> None:
         """Let a prepared start execute the command, which also gets the signals from before portexec had a shim."""
-        self.shim.link.say(protocol.GO, *(signal.number for signal in early if signals.is_to_be_forwarded(signal)))
+        self.shim.ask_to_go(signal.number for signal in early if signals.is_to_be_forwarded(signal))
 
     def begin(self) -> None:
         """Have the shim prepare and start the command."""
         self.shim.ask_to_prepare()
+        self.shim.ask_to_go()
         self.has_begun()
 
     def has_begun(self) -> None:
@@ -243,7 +244,7 @@ class Start:
 
     def _take(self, kind: bytes, fields: list[str]) -> None:
         if kind == protocol.PREPARED:
-            self.shim.link.say(protocol.GO)
+            pass  # it was told to go already
         elif kind == protocol.STARTED:
             self.command_pid = int(fields[0])
             self.course.reach(RUNNING)

@@ -13,7 +13,7 @@ import sys
 from _struct import Struct  # what struct has it from
 
 from portexec.kernel import WAITS
-from portexec.procfs import is_ending
+from portexec.procfs import content, is_ending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def _inode(process: int, descriptor: str) -> int:
 
 
 def _is_asleep_for(process: int, thread: str, descriptors: set[int]) -> bool:
-    with open(f"/proc/{process}/task/{thread}/syscall") as file:
-        number, *words = file.read().split()
+    number, *words = content(f"/proc/{process}/task/{thread}/syscall").split()
     if not words or not number.isdigit():  # it runs, or sleeps outside of a system call
         return False
     kind = WAITS.get(os.uname().machine, {}).get(int(number), "")
@@ -84,8 +83,8 @@ def _selects(process: int, arguments: list[int], descriptors: set[int]) -> bool:
 
 
 def _waits_by_epoll(process: int, arguments: list[int], descriptors: set[int]) -> bool:
-    with open(f"/proc/{process}/fdinfo/{arguments[0]}") as file:
-        return any(line.startswith("tfd:") and int(line.split()[1]) in descriptors for line in file)
+    lines = content(f"/proc/{process}/fdinfo/{arguments[0]}").splitlines()
+    return any(line.startswith(b"tfd:") and int(line.split()[1]) in descriptors for line in lines)
 
 
 def _may_wait(*_: object) -> bool:

@@ -1,9 +1,10 @@
 """The child that becomes the command: the shim forks it, rehearses with it, and tells it to go.
 
-    fork -> [install the filter -> hand over the notify fd -> rehearse ->] wait for the word -> execute the plan
+    fork -> [install the filter -> hand over the notify fd -> (rehearse) ->] wait for the word -> execute the plan
 
-What is in brackets belongs to hand-off `guard`. The child tells its parent the outcome of each step by a message. The link
-closes at exec: the end of the link is the news that the command runs.
+What is in brackets belongs to hand-off `guard`. A rehearsal shows what admission can do on this machine. It is for the first
+start below a portexec, and for later ones with other limits. The child tells its parent the outcome of each step by a message.
+The link closes at exec: the end of the link is the news that the command runs.
 """
 
 from __future__ import annotations
@@ -77,10 +78,11 @@ class Child:
             self.admission.close()
 
 
-def fork_child(plan: Plan, inbox: Inbox, rehearsal_port: int | None = None) -> Child:
+def fork_child(plan: Plan, inbox: Inbox, *, is_admitted: bool = False, rehearsal_port: int = 0) -> Child:
     """Fork the child for a plan. It waits for the word to go. Raises OSError when resources run out.
 
-    With a `rehearsal_port`, one of our numbers, the child installs the filter first, and the caller has to call `rehearse`.
+    `is_admitted`: the child installs the filter first, and the caller has to call `admit`. With a `rehearsal_port`, one of our
+    numbers, it rehearses, too, and the caller has to call `rehearse`.
     """
     link, childs_end = pair(plan.first_fd + len(plan.passed))
     parent = os.getpid()
@@ -91,13 +93,13 @@ def fork_child(plan: Plan, inbox: Inbox, rehearsal_port: int | None = None) -> C
         childs_end.close()
         raise
     if pid == 0:
-        _live(childs_end, link, plan, rehearsal_port, parent, inbox)
+        _live(childs_end, link, plan, parent, inbox, is_admitted=is_admitted, rehearsal_port=rehearsal_port)
     childs_end.close()
     return Child(pid, link)
 
 
-async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> None:
-    """Answer the child's bind and listen on a number of ours, and hear from the child whether they worked.
+async def admit(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> None:
+    """Take over the answers to the child's binds.
 
     Raises, with the child ended, RefusedError where this machine does not let us admit binds, OSError where resources ran out.
     """
@@ -105,19 +107,33 @@ async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int
 
     try:
         child.admission = Admission(await _receive_notify_fd(child.link), guards, remap, Observer())
-        await first(readable(child.link), child.admission.answer())
-        child.admission.close_gates()
-        kind, fields = child.link.receive()
-        if kind == EXHAUSTED:
-            raise OSError(0, fields[0])
-        if kind != REHEARSED or fields[0]:
-            os.close(os.dup(child.link.fileno()))  # raises OSError where we had no descriptor left to answer with
-            raise RefusedError(f"the rehearsal failed: {fields[0] or 'the child ended'}")
-        if child.admission.was_gated and remap:
-            raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
     except BaseException:
         child.end()
         raise
+
+
+async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> None:
+    """`admit`, then answer the child's bind and listen on a number of ours, and hear from the child whether they worked."""
+    await admit(child, guards, remap)
+    try:
+        await _answer_rehearsal(child, child.admission, is_remapped=bool(remap))
+    except BaseException:
+        child.end()
+        raise
+
+
+async def _answer_rehearsal(child: Child, admission: Admission | None, *, is_remapped: bool) -> None:
+    assert admission is not None  # noqa: S101  # `admit` has made it
+    await first(readable(child.link), admission.answer())
+    admission.close_gates()
+    kind, fields = child.link.receive()
+    if kind == EXHAUSTED:
+        raise OSError(0, fields[0])
+    if kind != REHEARSED or fields[0]:
+        os.close(os.dup(child.link.fileno()))  # raises OSError where we had no descriptor left to answer with
+        raise RefusedError(f"the rehearsal failed: {fields[0] or 'the child ended'}")
+    if admission.was_gated and is_remapped:
+        raise RefusedError("--remap needs pidfd_getfd(2), which is denied here")
 
 
 def failure_of(fields: list[str]) -> PortexecError:
@@ -159,7 +175,9 @@ def _why_refused(code: int, why: str) -> str:
 # The child's side.
 
 
-def _live(link: Link, parents_end: Link, plan: Plan, rehearsal_port: int | None, parent: int, inbox: Inbox) -> NoReturn:
+def _live(
+    link: Link, parents_end: Link, plan: Plan, parent: int, inbox: Inbox, *, is_admitted: bool, rehearsal_port: int
+) -> NoReturn:
     """Run the chain to its end. Never returns into the caller's code, which is the parent's, nor raises into it.
 
     If the parent is killed, the kernel kills this child, or, after exec, sends the command TERM.
@@ -167,8 +185,8 @@ def _live(link: Link, parents_end: Link, plan: Plan, rehearsal_port: int | None,
     try:
         parents_end.close()
         kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGKILL)
-        if os.getppid() == parent and (rehearsal_port is None or _install(link)):
-            listener = None if rehearsal_port is None else _rehearse(link, rehearsal_port)
+        if os.getppid() == parent and (not is_admitted or _install(link)):
+            listener = _rehearse(link, rehearsal_port) if rehearsal_port else None
             if link.receive()[0] == GO:  # until then the listener stays open, since the parent looks for it
                 if listener is not None:
                     listener.close()

@@ -2,7 +2,7 @@
 
     portexec says                the shim answers
     PREPARE                      PREPARED, REFUSED or EXHAUSTED
-    GO                           STARTED or FAILED; then, any number of times, LISTENING, ADVISED, SIGNALLED
+    GO, also right behind it     STARTED or FAILED; then, any number of times, LISTENING, ADVISED, SIGNALLED
     SIGNAL, DRAIN, STOP, KILL    nothing at once
                                  ENDED, when the command has ended, and GONE, when nothing of it is left
     LEAVE, or QUIT               nothing: it ends
@@ -55,15 +55,16 @@ class Job:
     it is None, the command has no limit, and the rest has `kill_after` after its end. `leaves_daemons`: processes that a
     command leaves behind when it ends by itself go on. `kept` are descriptors of portexec that stay open until nothing is left
     of the command: their end tells that to other processes. `names_port`: words or variables of the command have a number of
-    ours. `advised` are the topics on which any start of the run has given people advice. `is_apart`: the command gets a session
-    of its own. `limits` are its soft limits, by their numbers in setrlimit(2). `tell_end` is called when nothing is left and
-    portexec, which would tell of that, has died.
+    ours. `is_rehearsed`: an earlier start has shown that the binds can be admitted. `advised` are the topics on which any start
+    of the run has given people advice. `is_apart`: the command gets a session of its own. `limits` are its soft limits, by
+    their numbers in setrlimit(2). `tell_end` is called when nothing is left and portexec, which would tell of that, has died.
     """
 
     __slots__ = (
         "advised",
         "guards",
         "is_apart",
+        "is_rehearsed",
         "kept",
         "kill_after",
         "leaves_daemons",
@@ -92,6 +93,7 @@ class Job:
         quiet: bool,
         verbose: bool,
         is_apart: bool = False,
+        is_rehearsed: bool = False,
         limits: Mapping[int, int] | None = None,
         tell_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -107,6 +109,7 @@ class Job:
         self.quiet = quiet
         self.verbose = verbose
         self.is_apart = is_apart
+        self.is_rehearsed = is_rehearsed
         self.limits = limits or {}
         self.tell_end = tell_end
 

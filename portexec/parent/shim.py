@@ -21,7 +21,7 @@ from portexec.errors import STATUS_FAILURE, RefusedError, reason, shortage, spar
 from portexec.kernel import STDERR
 from portexec.parent import link as links
 from portexec.parent import loop, protocol
-from portexec.parent.child import Child, fork_child, rehearse
+from portexec.parent.child import Child, admit, fork_child, rehearse
 from portexec.parent.link import Link
 from portexec.parent.loop import Event
 from portexec.parent.naming import name_shim
@@ -29,7 +29,7 @@ from portexec.parent.signals import send
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import NoReturn
 
     from portexec.parent.protocol import Job
@@ -71,6 +71,10 @@ class Shim:
     def ask_to_prepare(self) -> None:
         """Have it fork the child that is to execute the command."""
         self.link.say(protocol.PREPARE)
+
+    def ask_to_go(self, early: Iterable[int] = ()) -> None:
+        """Have the child execute the command, as soon as it is prepared, with these signals pending if it has them blocked."""
+        self.link.say(protocol.GO, *early)
 
     def wait_until_prepared(self) -> None:
         """Wait until the child is ready to execute the command.
@@ -203,10 +207,11 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
     inbox.read()  # drop signals from before there was a command
     try:
         if job.guards:
-            child = fork_child(job.plan, inbox, next(iter(job.guards)))
+            port = 0 if job.is_rehearsed else next(iter(job.guards))
+            child = fork_child(job.plan, inbox, is_admitted=True, rehearsal_port=port)
             if 0 < os.sysconf("SC_OPEN_MAX") < _FEW_DESCRIPTORS:
                 kernel.raise_descriptor_limit()  # the command may raise its own, and bind by many threads at once
-            loop.run(rehearse(child, job.guards, job.remap))
+            loop.run((rehearse if port else admit)(child, job.guards, job.remap))
         else:
             child = fork_child(job.plan, inbox)
     except RefusedError as refusal:
