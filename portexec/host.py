@@ -18,6 +18,7 @@ import gc
 import os
 import sys
 
+import portexec.parent.supervisor  # noqa: F401  # what shims need is imported once for all of them
 from portexec import control, kernel, launch, options, start
 from portexec.command.plan import template_values
 from portexec.command.undo import Undo
@@ -50,8 +51,6 @@ class Client:
     def tell(self, event: str, **fields: object) -> None:
         """Tell it an event."""
         self._host.tell(event, id=self._id, **fields)
-        if event == "ready":
-            self._host.has_served.set()
 
     def tell_error(self, error: PortexecError) -> bool:
         """Tell it an error."""
@@ -197,7 +196,6 @@ class Host:
         self.servers: dict[int, Hosted] = {}
         self.groups: dict[int, Group] = {}  # by their numbers
         self.is_over = Event()
-        self.has_served = Event()  # a server was ready
         self._events = control.Events(fd)
         self._requests = control.Requests(fd)
         self._is_behind = Event()
@@ -207,7 +205,6 @@ class Host:
         spawn(self._follow_signals())
         spawn(self._follow_requests())
         spawn(self._catch_up())
-        spawn(self._prepare_for_more())
         ends = [self.is_over.wait()]
         if program is not None:
             ends.append(self._ends(program))
@@ -217,11 +214,6 @@ class Host:
         while self.servers:
             await next(iter(self.servers.values())).is_gone.wait()
         self._events.finish()
-
-    async def _prepare_for_more(self) -> None:
-        """Import what shims need, once for all of them; after the first server, which must not wait for it."""
-        await self.has_served.wait()
-        import portexec.parent.supervisor  # noqa: F401  # for the shims that are forked later
 
     async def _ends(self, program: int) -> None:
         await readable(program)

@@ -6,10 +6,12 @@ machine is: times are 0, an hour, or lie in the past.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import inspect
 import math
 import os
+import resource
 import select
 import signal
 import socket
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from portexec.kernel import raise_descriptor_limit
 from portexec.parent import loop
 from portexec.parent.loop import Event, after, first, isolated, readable, sleep, spawn, writable
 from tests.support import DEADLINE, status_of, wait_for
@@ -35,6 +38,12 @@ HOUR = 3600.0
 
 class Boom(Exception):
     """What the tests raise."""
+
+
+@pytest.fixture(autouse=True, params=[loop._SHORTEST_POLL, 2 * HOUR], ids=["polls", "dozes"])
+def shortest_poll(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each order is the same where the loop waits by select(2) first, as it does for less than a millisecond."""
+    monkeypatch.setattr(loop, "_SHORTEST_POLL", request.param)
 
 
 @pytest.fixture
@@ -892,6 +901,35 @@ def test_all_who_wait_for_a_descriptor_are_woken_in_order(pipe: Pipe, log: list[
 
     run(main())
     assert log == ["a ended", "b ended", "c ended"]
+
+
+def test_news_end_a_wait_that_has_a_time_limit(pipe: Pipe) -> None:
+    async def main() -> int | None:
+        with subprocess.Popen(["true"], stdout=pipe[1]):
+            os.close(pipe[1])
+            return await first(writable(full[1]), readable(pipe[0]), within=HOUR)
+
+    full = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    fill(full[1])
+    assert run(main()) == 1
+    for fd in full:
+        os.close(fd)
+
+
+def test_a_descriptor_beyond_those_of_select(pipe: Pipe) -> None:
+    async def main() -> None:
+        assert await first(readable(high), within=0.0001) is None
+        os.write(pipe[1], b"x")
+        assert await first(readable(high), within=HOUR) == 0
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raise_descriptor_limit()
+    high = fcntl.fcntl(pipe[0], fcntl.F_DUPFD_CLOEXEC, 1024)
+    try:
+        run(main())
+    finally:
+        os.close(high)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_the_other_end_has_gone(pipe: Pipe) -> None:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 
 _LONGEST_POLL = 3600.0  # seconds; poll(2) takes an int of milliseconds, which ends after 24 days
+_SHORTEST_POLL = 0.001  # seconds
 _FEW = 64  # timers that are kept without a look for those that no task waits for any more
 
 
@@ -422,6 +423,8 @@ class _Loop:
         seconds = _LONGEST_POLL
         if self.timers:
             seconds = min(seconds, max(0.0, self.timers[0][0] - time.monotonic()))
+        if 0 < seconds < _SHORTEST_POLL:
+            seconds = self.doze(seconds)
         for fd, found in self.poll.poll(1000 * seconds):
             for wait in list(self.watched.get(fd, ())):
                 if found & (wait.mask | ~(select.POLLIN | select.POLLOUT)):
@@ -433,6 +436,21 @@ class _Loop:
                 self.ending[wait.group] = None
             else:
                 self.wake(wait)
+
+    def doze(self, seconds: float) -> float:
+        """Wait for news for less than poll(2) can. Returns the seconds that are left, for poll(2).
+
+        All are left where select(2) cannot look at a descriptor: one that was closed, or one beyond the first 1024.
+        """
+        readers, writers = (
+            [fd for fd, waits in self.watched.items() if any(wait.mask & kind for wait in waits)]
+            for kind in (select.POLLIN, select.POLLOUT)
+        )
+        try:
+            select.select(readers, writers, (), seconds)
+        except (OSError, ValueError):
+            return seconds
+        return 0.0
 
 
 _running: _Loop | None = None
