@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from portexec.parent.family import Family
+from portexec.parent.signals import Inbox
 from tests.support import (
     DEADLINE,
     PORTEXEC,
@@ -33,6 +35,7 @@ from tests.support import (
     wait_for,
     within,
 )
+from tests.support.installed import program
 from tests.support.network import THEFTS, connect, port_of, steal
 from tests.support.obedience import BY_NUMBER, HAND_OFFS, TURNS, Server, obeying
 from tests.support.proc import children_of, state
@@ -59,6 +62,46 @@ def restarts(server: Server, how: str = "") -> str:
     if how:
         assert found.group(1) == how
     return found.group(2)
+
+
+REHEARSED = [
+    # the starts that were rehearsed, one that follows, and whether it need not be: their limits, and their guards
+    ([], ({}, 1), False),
+    ([({}, 1)], ({}, 1), True),
+    ([({}, 1)], ({}, 2), False),
+    ([({}, 2)], ({}, 1), True),
+    ([({7: 64}, 1)], ({}, 1), False),
+    ([({}, 1)], ({7: 64}, 1), False),
+    ([({7: 64}, 1)], ({7: 65}, 1), False),
+    ([({7: 64}, 1), ({}, 3), ({7: 64}, 2)], ({7: 64}, 2), True),
+    ([({7: 64}, 1), ({}, 3), ({7: 64}, 2)], ({7: 64}, 3), False),
+]
+
+
+@pytest.mark.parametrize(("before", "start", "is_rehearsed"), REHEARSED)
+def test_which_start_needs_no_rehearsal(
+    before: list[tuple[dict[int, int], int]], start: tuple[dict[int, int], int], is_rehearsed: bool
+) -> None:
+    inbox = Inbox()
+    try:
+        family = Family(inbox, set(), set())
+        for limits, guards in before:
+            family.note_rehearsal(limits, guards)
+        assert family.is_rehearsed(*start) is is_rehearsed
+    finally:
+        inbox.restore()
+        inbox.close()
+
+
+def test_the_first_start_is_rehearsed_and_no_other(tmp_path: Path) -> None:
+    """A rehearsal is a bind of the child's to an address that nobody uses, before the command is executed."""
+    script = "echo >>starts; test $(wc -l <starts) -ge 3"
+    words = ["-q", "-H", "guard", "--restart", "on-failure", "--", "sh", "-c", script]
+    trace = [program("strace"), "-f", "-o", "log", "-e", "trace=bind,listen", *PORTEXEC, *words]
+    done = subprocess.run(trace, cwd=tmp_path, timeout=DEADLINE, check=False)
+    assert (done.returncode, (tmp_path / "starts").read_text()) == (0, "\n" * 3)
+    bound = re.findall(r'\bbind\(.*inet_addr\("(127\.[^"]*)"\)', (tmp_path / "log").read_text())
+    assert len({address for address in bound if address != "127.0.0.1"}) == 1
 
 
 def steal_all(port: int) -> dict[Any, str]:
