@@ -145,14 +145,14 @@ def _guard() -> str:
 def _rehearse(bound: Bound) -> str:
     """Fork a child, rehearse with it, and end it. Returns why its bind was gated, if it was. Raises RefusedError, OSError."""
     from portexec.parent import loop
-    from portexec.parent.child import fork_child, rehearse
+    from portexec.parent.child import admit, fork_child
     from portexec.parent.signals import Inbox
 
     inbox = Inbox()
     try:
         port = next(iter(bound.guards))
         child = fork_child(Plan(sys.executable, [sys.executable], {}), inbox, is_admitted=True, rehearsal_port=port)
-        loop.run(rehearse(child, bound.guards, {}))
+        loop.run(admit(child, bound.guards, {}))
         child.end()
     finally:
         inbox.restore()

@@ -48,13 +48,17 @@ _MAX_MESSAGE = 1 << 12
 
 
 class Child:
-    """A child that waits for the word to go, or that runs the command. `admission` answers its binds, where it has a filter."""
+    """A child that waits for the word to go, or that runs the command. `admission` answers its binds, where it has a filter.
 
-    __slots__ = ("admission", "link", "pid")
+    `rehearses`: it binds and listens before it waits for the word.
+    """
 
-    def __init__(self, pid: int, link: Link) -> None:
+    __slots__ = ("admission", "link", "pid", "rehearses")
+
+    def __init__(self, pid: int, link: Link, *, rehearses: bool) -> None:
         self.pid = pid
         self.link = link
+        self.rehearses = rehearses
         self.admission: Admission | None = None
 
     def go(self) -> None:
@@ -82,7 +86,7 @@ def fork_child(plan: Plan, inbox: Inbox, *, is_admitted: bool = False, rehearsal
     """Fork the child for a plan. It waits for the word to go. Raises OSError when resources run out.
 
     `is_admitted`: the child installs the filter first, and the caller has to call `admit`. With a `rehearsal_port`, one of our
-    numbers, it rehearses, too, and the caller has to call `rehearse`.
+    numbers, the child then rehearses.
     """
     link, childs_end = pair(plan.first_fd + len(plan.passed))
     parent = os.getpid()
@@ -95,35 +99,26 @@ def fork_child(plan: Plan, inbox: Inbox, *, is_admitted: bool = False, rehearsal
     if pid == 0:
         _live(childs_end, link, plan, parent, inbox, is_admitted=is_admitted, rehearsal_port=rehearsal_port)
     childs_end.close()
-    return Child(pid, link)
+    return Child(pid, link, rehearses=bool(rehearsal_port))
 
 
 async def admit(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> None:
-    """Take over the answers to the child's binds.
+    """Answer the child's binds from now on. If the child rehearses, hear from it whether its bind and listen have worked.
 
     Raises, with the child ended, RefusedError where this machine does not let us admit binds, OSError where resources ran out.
     """
     from portexec.admission.answer import Admission, Observer  # which `Shim` has imported before the fork
 
     try:
-        child.admission = Admission(await _receive_notify_fd(child.link), guards, remap, Observer())
+        admission = child.admission = Admission(await _receive_notify_fd(child.link), guards, remap, Observer())
+        if child.rehearses:
+            await _answer_rehearsal(child, admission, is_remapped=bool(remap))
     except BaseException:
         child.end()
         raise
 
 
-async def rehearse(child: Child, guards: Mapping[int, Guard], remap: Mapping[int, int]) -> None:
-    """`admit`, then answer the child's bind and listen on a number of ours, and hear from the child whether they worked."""
-    await admit(child, guards, remap)
-    try:
-        await _answer_rehearsal(child, child.admission, is_remapped=bool(remap))
-    except BaseException:
-        child.end()
-        raise
-
-
-async def _answer_rehearsal(child: Child, admission: Admission | None, *, is_remapped: bool) -> None:
-    assert admission is not None  # noqa: S101  # `admit` has made it
+async def _answer_rehearsal(child: Child, admission: Admission, *, is_remapped: bool) -> None:
     await first(readable(child.link), admission.answer())
     admission.close_gates()
     kind, fields = child.link.receive()

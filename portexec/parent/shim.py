@@ -21,7 +21,7 @@ from portexec.errors import STATUS_FAILURE, RefusedError, reason, shortage, spar
 from portexec.kernel import STDERR
 from portexec.parent import link as links
 from portexec.parent import loop, protocol
-from portexec.parent.child import Child, admit, fork_child, rehearse
+from portexec.parent.child import Child, admit, fork_child
 from portexec.parent.link import Link
 from portexec.parent.loop import Event
 from portexec.parent.naming import name_shim
@@ -211,7 +211,7 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
             child = fork_child(job.plan, inbox, is_admitted=True, rehearsal_port=port)
             if 0 < os.sysconf("SC_OPEN_MAX") < _FEW_DESCRIPTORS:
                 kernel.raise_descriptor_limit()  # the command may raise its own, and bind by many threads at once
-            loop.run((rehearse if port else admit)(child, job.guards, job.remap))
+            loop.run(admit(child, job.guards, job.remap))
         else:
             child = fork_child(job.plan, inbox)
     except RefusedError as refusal:
