@@ -98,6 +98,6 @@ def export(path: str) -> None:
     try:
         require_openable(path, os.R_OK | os.W_OK, follows=False)
         if os.path.lexists(path):
-            publish.require_regular(os.lstat(path))
+            publish.require_appendable(path, os.lstat(path))
     except OSError as error:
         raise publish.cannot_write("export file", path, error) from error

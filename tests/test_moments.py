@@ -209,6 +209,7 @@ def expected(moments: Moments, process_name: str, number: int, what: str) -> Exp
     statuses = {STATUS[moments.mode], FAILURE}
     if what in SHORTAGES and process_name != FRONT:
         statuses |= {1}  # a bind of the command's that could not be admitted went on without us
+    if what in {*SHORTAGES, "KILL"} and process_name != FRONT:
         statuses |= {4}  # the end of the first start was told, and then there was no other
     if what in SHORTAGES and "." in process_name[1:]:
         statuses |= {127}  # the command cannot have what it needs

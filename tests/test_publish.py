@@ -201,11 +201,14 @@ def test_export_appends_to_no_strangers_file_where_anybody_may_put_one(directory
         os.chown(path, owner, owner)
         path.chmod(0o666)
         directory.chmod(mode)
+        foreseen = run_fd("-n", "--export", str(path), "--", "true")
+        assert (foreseen.returncode, path.read_text()) == (status, "A=1\n")
         result = run_fd("--export", str(path), "--", "true")
         assert (result.returncode, "PORT=" in path.read_text()) == (status, not status)
         if status:
             hint = "remove it, or choose a directory that only you may write to"
             assert f"export file {path}: somebody else may have put it there\nportexec: hint: {hint}\n" in result.stderr
+            assert foreseen.stderr == result.stderr
 
 
 @pytest.mark.root

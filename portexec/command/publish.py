@@ -178,9 +178,7 @@ def _append_to_new(path: str, lines: bytes, undo: Undo) -> bool:
 def _append_and_close(fd: int, path: str, lines: bytes) -> bool:
     """Append to an open file, and close it. Whether it is still the file at its path."""
     try:
-        # Where only its owner may put files, the file may be the owner's: in a container, root appends to the file of a runner.
-        if os.stat(os.path.dirname(path) or ".").st_mode & stat.S_IWOTH:
-            _require_own(os.fstat(fd))
+        require_appendable(path, os.fstat(fd))
         _append_to(fd, lines)
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
@@ -191,7 +189,6 @@ def _append_and_close(fd: int, path: str, lines: bytes) -> bool:
 
 def _append_to(fd: int, lines: bytes) -> None:
     status = os.fstat(fd)
-    require_regular(status)
     is_unfinished = status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n"
     try:
         _write_all(fd, b"\n" + lines if is_unfinished else lines)
@@ -200,8 +197,13 @@ def _append_to(fd: int, lines: bytes) -> None:
         raise
 
 
-def require_regular(status: os.stat_result) -> None:
-    """Refuse to append to anything but a regular file. Raises OSError."""
+def require_appendable(path: str, status: os.stat_result) -> None:
+    """Refuse to append to what is no regular file, or to a stranger's in a directory like /tmp. Raises OSError.
+
+    Where only its owner may put files, the file may be the owner's: in a container, root appends to the file of a runner.
+    """
+    if os.stat(os.path.dirname(path) or ".").st_mode & stat.S_IWOTH:
+        _require_own(status)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
 
