@@ -44,6 +44,7 @@ STATUS_NOT_FOUND = 127
 # Memory in reserve. When memory runs out we clear this list, to have some for the message and for undoing.
 spare: list[bytes] = []
 
+MORE_DESCRIPTORS = "raise the limit with `ulimit -n`"
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -193,7 +194,7 @@ def shortage(error: BaseException) -> PortexecError | None:
     if isinstance(error, MemoryError):
         return PortexecError(reason(error))
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return PortexecError(f"cannot open another file: {reason(error)}", "raise the limit with `ulimit -n`")
+        return PortexecError(f"cannot open another file: {reason(error)}", MORE_DESCRIPTORS)
     if isinstance(error, OSError) and is_shortage(error):
         return PortexecError(f"cannot go on: {reason(error)}")
     if isinstance(error, ImportError) and (error.path or "").endswith(".so"):

@@ -216,7 +216,7 @@ def _plan(request: Request, choice: Choice, bound: Bound, others: Mapping[str, s
 
 def _find_command(request: Request, name: str, environment: Mapping[str, str]) -> str:
     try:
-        return execute.find_command(name, environment)
+        return execute.find_command(name, environment, request.command[0])
     except CommandNotFound as error:
         raise CommandNotFound(error.message, _quote_it(request) or error.hint) from error
 

@@ -6,12 +6,13 @@ fork a shim [-> rehearse] -> publish -> live  hand-off `guard`, which rehearses,
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 
 from portexec.command import execute
 from portexec.command.plan import GUARD, HOLD, advice, exported, misplaced
-from portexec.errors import PortexecError, RefusedError, UsageError, reason
+from portexec.errors import MORE_DESCRIPTORS, PortexecError, RefusedError, UsageError, reason
 from portexec.kernel import STDERR, STDIN, STDOUT
 
 TYPE_CHECKING = False
@@ -167,10 +168,11 @@ class Parent:
         try:
             first = await self._first_start()
         except OSError as error:
-            raise PortexecError(f"cannot start the command: {reason(error)}") from error
+            why = reason(error)
+            hint = MORE_DESCRIPTORS if why == os.strerror(errno.EMFILE) else ""
+            raise PortexecError(f"cannot start the command: {why}", hint) from error
         except RefusedError as refusal:
             raise _no_guard(refusal) from refusal
-        self.launch.bound.undo.leave_to(first.shim)
         try:
             _publish_files(self.launch)
         except BaseException:
@@ -244,6 +246,7 @@ class Parent:
         if not self.family.is_shared:
             gc.freeze()  # a collection would write to all that was made so far, in pages that our processes share
         shim = self._make_shim(self.launch.plan)
+        self.launch.bound.undo.leave_to(shim)
         if not self.lifetime.is_lazy:
             shim.ask_to_prepare()
             if self._starts_at_once():

@@ -464,6 +464,8 @@ def env_status(*words: str) -> int:
         ("a-command-that-is-missing", "command not found: a-command-that-is-missing", "is it installed, and on the PATH?"),
         ("-", "command not found: -", "is it installed, and on the PATH?"),
         ("echo hello", "command not found: echo hello", "write it as separate words: portexec -- echo hello"),
+        ("echo {fd} a", "command not found: echo 3 a", "write it as separate words: portexec -- echo {fd} a"),
+        ("A={fd}", "command not found: A=3", "a variable is set with -e: portexec -e A={fd} -- ..."),
         ("cd", "command not found: cd", "cd is a word of the shell: portexec -- sh -c 'cd ...'"),
         ("source", "command not found: source", "source is a word of the shell: portexec -- sh -c 'source ...'"),
         ("PORT=3000", "command not found: PORT=3000", "a number is asked for with -l: portexec -l 3000 -- ..."),

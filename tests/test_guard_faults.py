@@ -746,7 +746,7 @@ def test_advice_about_ports_is_for_commands_that_have_to_do_with_ports(script: s
     assert done.returncode == 3
 
 
-HOLD = "--hand-off hold is for servers whose bind portexec does not see, such as docker's"
+HOLD = "see its output above; if another program binds for it, as docker's does, use --hand-off hold"
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,11 @@ ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins are named, which save
 DOCTESTS = ["--doctest-glob=*.txt"]
 
 
-def test_workers(python: Run) -> None:
-    """Fixtures of every scope, unittest, and a doctest. Other tests distribute in the usual way."""
+@pytest.mark.parametrize("distribution", ["load", "loadscope", "loadfile"])
+def test_workers(distribution: str, python: Run) -> None:
+    """Fixtures of every scope, unittest, and a doctest."""
     need(["xdist"])
-    assert "21 passed" in python("light", *PYTEST, *DOCTESTS, "-p", "xdist", "-n", "4", "--dist", "loadscope", **ALONE)
+    assert "21 passed" in python("light", *PYTEST, *DOCTESTS, "-p", "xdist", "-n", "4", "--dist", distribution, **ALONE)
 
 
 def test_reruns_and_last_failures(python: Run) -> None:

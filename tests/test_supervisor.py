@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from portexec.procfs import descendants
-from tests.support import DEADLINE, PORTEXEC, child, is_gone, kill_group, run, running, status_of, wait_for
+from tests.support import DEADLINE, PORTEXEC, ROOT, child, is_gone, kill_group, run, running, status_of, wait_for
 from tests.support.installed import program
 from tests.support.proc import is_at_rest, state
 from tests.support.processes import tell_again
@@ -304,3 +304,35 @@ def test_a_shim_that_is_killed_is_said() -> None:
         os.kill(shim, signal.SIGKILL)
         started.line("^portexec: note: the process that looked after the command was killed, so the command is ended$")
         assert started.process.wait(DEADLINE) == -signal.SIGKILL
+
+
+AT_THE_WORD = """
+import os, signal, sys
+from portexec.command.plan import Plan
+from portexec.parent import protocol
+from portexec.parent.protocol import Job
+from portexec.parent.shim import Shim
+from portexec.parent.signals import Inbox
+job = Job(Plan("/bin/mkdir", ["mkdir", "made"], {}), kill_after=1.0, patience=None, guards={}, remap={}, leaves_daemons=False,
+          kept=set(), names_port=False, advised=set(), quiet=True, verbose=False)
+shim = Shim(job, Inbox())
+os.kill(shim.pid, signal.SIGSTOP)
+os.waitpid(shim.pid, os.WUNTRACED)
+shim.ask_to_prepare()
+shim.ask_to_go()
+if sys.argv[1] == "dies":
+    shim.link.close()  # as at the end of this process
+os.kill(shim.pid, signal.SIGCONT)
+while shim.link.is_open and shim.link.receive()[0] != protocol.GONE:
+    pass
+shim.leave()
+os.waitpid(shim.pid, 0)
+"""
+
+
+@pytest.mark.parametrize("portexec", ["lives", "dies"])
+def test_no_command_begins_after_the_death_of_its_portexec(portexec: str, tmp_path: Path) -> None:
+    """Though the word to go was said before: the shim has not read the word yet."""
+    words = [sys.executable, "-c", AT_THE_WORD, portexec]
+    subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, timeout=DEADLINE, check=True)
+    assert (tmp_path / "made").exists() is (portexec == "lives")

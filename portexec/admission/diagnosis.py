@@ -107,7 +107,7 @@ class Diagnosis(Observer):
         if not self._tried and self._has_ring:
             return ["hint: the guard refuses a bind by io_uring, which portexec cannot see; --hand-off hold does not"]
         if not self._tried:
-            return ["hint: --hand-off hold is for servers whose bind portexec does not see, such as docker's"]
+            return ["hint: see its output above; if another program binds for it, as docker's does, use --hand-off hold"]
         if any(port in self.ports for port in self._tried):
             return []
         return self._ways_from(next((port for port in self._tried if port), 0))

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from portexec import control, errors
 from portexec.api import host, watchers
 from portexec.api.output import Output
-from portexec.errors import Exited, NotReady, NotRunning, PortexecError, StillRunning, UsageError, reason
+from portexec.errors import Exited, NotReady, NotRunning, PortexecError, StillRunning, UnknownReady, UsageError, reason
 from portexec.procfs import is_ending
 
 if TYPE_CHECKING:
@@ -344,8 +344,14 @@ class Driver:
         if self._ready_after < restarts or (beside and lost is not None):
             failed = lost or self
             failed._is_end_known = True
-            failed.failure_told = failed._why_over() if failed._is_over else failed._why_not_ready()
+            failed.failure_told = failed._named(failed._why_over() if failed._is_over else failed._why_not_ready())
             raise failed.failure_told
+
+    def _named(self, error: PortexecError) -> PortexecError:
+        """The error with the name of the server, where it is one of several."""
+        if self.name and not error.message.startswith(f"{self.name}: "):
+            error.message = f"{self.name}: {error.message}"
+        return error
 
     def _why_not_ready(self) -> NotReady:
         pattern = self.traits.pattern.pattern if self.traits.pattern is not None else ""
@@ -472,6 +478,8 @@ class Driver:
         """Stop the tree, start the command again, and wait until it is ready. One restart after the other."""
         self._require_other_thread()
         number = await until(self._changed, self._ask_for_restart)
+        if number < 0:
+            raise self._not_running()
         with self._awaiting_news():
             await until(self._changed, lambda: self._is_over or self._restarts >= number)
             if self._restarts < number and self._failure is None:
@@ -483,9 +491,9 @@ class Driver:
                 raise
 
     def _ask_for_restart(self) -> int:
-        """Ask for a restart, and return its number; 0 while another restart, or a death, is under way."""
+        """Ask for a restart, and return its number; 0 while another restart, or a death, is under way, -1 if it is over."""
         if self._is_over or self._was_stopped:
-            raise self._not_running()
+            return -1
         if self._ready_after < self._restarts_asked or self._is_dying():
             return 0
         # Count first: a signal handler of the caller's may raise something while we talk to the host.
@@ -497,7 +505,8 @@ class Driver:
         if self._is_the_parents:
             return NotRunning("the server belongs to the process that this one was forked from", "start another one with serve")
         how = "" if self.wait_status is None else f": {errors.how_it_ended(self.wait_status)}"
-        return NotRunning(f"the server is not running any more{how}", "start it again with start(), or another one with serve")
+        again = "" if self.was_left else "start it again with start(), or "
+        return NotRunning(f"the server is not running any more{how}", f"{again}start another one with serve")
 
     def forget(self) -> None:
         """In a forked child: let go of the server. It is the parent's, and so are the thread and the lock."""
@@ -538,7 +547,9 @@ class Driver:
                 sink(data)
             except BaseException as error:  # the caller's code, which may call pytest.fail or sys.exit; the server goes on
                 self.sinks.remove(sink)
-                self._output.add_line(f"{_OURS}note: the output goes nowhere else any more: {error!r}".encode())
+                self._output.add_line(f"{_OURS}note: no more is written to `output`, which raised {error!r}".encode())
+                # As any thread's failure: a traceback on stderr, a warning in pytest.
+                threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, None)))
 
     def _search(self) -> None:
         """Look for the line by which it is ready, in all whole lines that have come since the last look."""
@@ -584,6 +595,8 @@ class Driver:
         """The error that was told, with the caller's arguments in place of options."""
         about = self.arguments_of.get(event["about"], event["about"])
         hint = event["hint"]
+        if event["kind"] == UnknownReady.__name__:
+            hint += "; re.compile('...') waits for a line of the output"
         for option, argument in self.arguments_of.items():
             hint = hint.replace(option, argument)
         error: PortexecError = getattr(errors, event["kind"])(

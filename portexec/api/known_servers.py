@@ -34,6 +34,7 @@ class Watched:
         self.is_death_told = False
         self._shown = 0  # so much of its output was shown, or is from earlier tests
         self._death: Exited | None = None
+        self._is_deaf = False  # nothing listened on one of its numbers when a test failed
 
     def death(self, patience: float = 0.0) -> Exited | None:
         """The error for its death, if it died by itself. `patience`: seconds to wait for the news."""
@@ -48,15 +49,19 @@ class Watched:
         return None if self.driver.was_death_seen else self._death
 
     def seems_to_be_dying(self) -> bool:
-        """Whether a process below the command is about to end, or nothing listens any more on one of its numbers."""
+        """Whether a process below the command is about to end, or nothing listens any more on one of its numbers.
+
+        The latter is a sign once: a server that was deaf when an earlier test failed, and that still runs, is not dying of it.
+        """
         from portexec.binding.tables import listening_inodes
         from portexec.procfs import is_any_ending
 
         if self.driver.is_over() or not self.driver.pid:
             return False
         numbers = [each.port for each in self.driver.listeners.values() if each.port and not each.url.startswith("udp:")]
-        is_deaf = self.driver.traits.is_to_listen and not all(map(listening_inodes, numbers))
-        return is_deaf or is_any_ending(self.driver.pid)
+        was_deaf = self._is_deaf
+        self._is_deaf = self.driver.traits.is_to_listen and not all(map(listening_inodes, numbers))
+        return (self._is_deaf and not was_deaf) or is_any_ending(self.driver.pid)
 
     def news(self, limit: int) -> str:
         """What it wrote since the last call, or since the test began."""
@@ -68,6 +73,7 @@ class Watched:
         self.driver = driver
         self.is_death_told = False
         self._death = None
+        self._is_deaf = False
 
     def begin(self) -> None:
         """Another test begins."""

@@ -401,8 +401,9 @@ def serve(
                      the command has written a line in which it is found
     `ready_timeout`  how long that may take
 
-    `output`      is told each line that the command writes: a function, or a text file such as `sys.stderr`. One thread calls
-                  those of all servers, so a function must not wait for a server
+    `output`      is told each line that the command writes, with its end: a function, or a text file such as `sys.stderr`.
+                  One thread calls those of all servers. So a function has to return soon, and must not wait for a server.
+                  If it raises, it is told no more, and the exception is reported as a thread's (`threading.excepthook`)
     `stop_signal` is sent to the command at the end of the block, instead of TERM
     `kill_after`  how long the tree has for its end after TERM, before KILL
 

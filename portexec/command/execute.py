@@ -34,8 +34,12 @@ _JOBSERVER_OPTIONS = ("--jobserver-auth=", "--jobserver-fds=")
 _JOBSERVER_VARIABLES = ("MAKEFLAGS", "MFLAGS", "CARGO_MAKEFLAGS")
 
 
-def find_command(name: str, environment: Mapping[str, str]) -> str:
-    """The file that execvp(3) would run for a command. Raises PortexecError with status 126 or 127 when there is none."""
+def find_command(name: str, environment: Mapping[str, str], typed: str = "") -> str:
+    """The file that execvp(3) would run for a command. Raises PortexecError with status 126 or 127 when there is none.
+
+    `typed` is the name with its templates, as the user has typed it: a number in a hint would be wrong the next time.
+    """
+    typed = typed or name
     if "/" in name:
         _require_executable(name)
         return name
@@ -50,7 +54,7 @@ def find_command(name: str, environment: Mapping[str, str]) -> str:
         raise _cannot_execute(forbidden, "Permission denied", f"make it executable: chmod +x {forbidden}")
     hint = "is it installed, and on the PATH?"
     if " " in name:
-        hint = f"write it as separate words: portexec -- {name}"
+        hint = f"write it as separate words: portexec -- {typed}"
     elif name in _SHELL_WORDS.split():
         hint = f"{name} is a word of the shell: portexec -- sh -c '{name} ...'"
     elif name in OPTION_WORDS:
@@ -58,7 +62,7 @@ def find_command(name: str, environment: Mapping[str, str]) -> str:
     elif name.startswith("PORT=") and name[5:].isdecimal():
         hint = f"a number is asked for with -l: portexec -l {name[5:]} -- ..."
     elif "=" in name:
-        hint = f"a variable is set with -e: portexec -e {name} -- ..."
+        hint = f"a variable is set with -e: portexec -e {typed} -- ..."
     elif not name:
         hint = "the first word is empty; is a variable unset?"
     raise CommandNotFound(f"command not found: {name or repr(name)}", hint)

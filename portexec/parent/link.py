@@ -51,6 +51,15 @@ class Link:
                 break
         return messages
 
+    def is_at_end(self) -> bool:
+        """Whether the other process has ended, and there is no message of it any more."""
+        try:
+            return not self.is_open or not self.socket.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return self.is_at_end()  # it has ended without reading all, which is told once
+
     def close(self) -> None:
         """Close this end. A second call does nothing."""
         self.is_open = False

@@ -165,12 +165,12 @@ def _run(link: Link, job: Job, inbox: Inbox) -> None:
         while word == protocol.SIGNAL:  # for a command that is about to be executed
             child.signal(int(early[0]))
             word, early = _hear(link, undo)
-        if word == protocol.GO:
+        if word == protocol.GO and not link.is_at_end():  # no command begins whose portexec has died
             for number in map(int, filter(None, early)):
                 child.signal(number)
             child.go()
             os.sched_yield()  # the command first: what we import now can wait
-            _supervise(child, job, link, inbox)
+            _supervise(child, job, link, inbox, undo)
         else:
             child.end()
         link.say(protocol.GONE)
@@ -183,24 +183,31 @@ def _run(link: Link, job: Job, inbox: Inbox) -> None:
         job.tell_end()
 
 
-def _supervise(child: Child, job: Job, link: Link, inbox: Inbox) -> None:
+def _supervise(child: Child, job: Job, link: Link, inbox: Inbox, undo: Undo) -> None:
     """Supervise the command. The modules that this needs are imported while the command starts."""
     from portexec.parent.supervisor import Supervisor
 
     gc.enable()
-    loop.run(Supervisor(child, job, link, inbox).run())
+    loop.run(Supervisor(child, job, link, inbox, lambda kind, fields: _note(undo, kind, fields)).run())
 
 
 def _hear(link: Link, undo: Undo) -> tuple[bytes, list[str]]:
-    """The next word, with its fields. UNDO and KEEP are done here, and not returned."""
+    """The next word, with its fields, that is not about the undo list."""
     while True:
         kind, fields = link.receive()
-        if kind == protocol.UNDO:
-            undo.entries.append(fields)
-        elif kind == protocol.KEEP:
-            undo.entries.remove(fields)
-        else:
+        if not _note(undo, kind, fields):
             return kind, fields
+
+
+def _note(undo: Undo, kind: bytes, fields: list[str]) -> bool:
+    """Note what a word says of the undo list. False for another word."""
+    if kind == protocol.UNDO:
+        undo.entries.append(fields)
+    elif kind == protocol.KEEP:
+        undo.entries.remove(fields)
+    else:
+        return False
+    return True
 
 
 def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:

@@ -24,6 +24,8 @@ from portexec.procfs import Processes, is_ending, is_stopped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from portexec.parent.child import Child
     from portexec.parent.link import Link
     from portexec.parent.protocol import Job
@@ -39,13 +41,17 @@ _COMMAND_FIRST = 1.0  # seconds from telling the command to end to telling the r
 
 
 class Supervisor:
-    """The supervisor of one command, and the owner of its child and of our end of the link to portexec."""
+    """The supervisor of one command, and the owner of its child and of our end of the link to portexec.
 
-    def __init__(self, child: Child, job: Job, link: Link, inbox: Inbox) -> None:
+    `note` is told each word that is not for the command; it is about the undo list.
+    """
+
+    def __init__(self, child: Child, job: Job, link: Link, inbox: Inbox, note: Callable[[bytes, list[str]], object]) -> None:
         self.child = child
         self.job = job
         self.link = link
         self.inbox = inbox
+        self.note = note
         self.front = os.getppid()
         self.diagnosis = _Report(job, link)
         self.witness = Witness(lambda number: link.say(protocol.SIGNALLED, number))
@@ -174,6 +180,8 @@ class Supervisor:
             self._be_told(_signal.SIGTERM, protocol.ALONE)
         elif kind == links.ENDED:
             self._be_told(_signal.SIGTERM, protocol.ALONE)
+        else:
+            self.note(kind, fields)
 
     def _be_told(self, number: int, sender: int) -> None:
         """Begin to stop the tree, once."""

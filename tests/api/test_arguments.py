@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,10 @@ def test_the_output_goes_to_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [OSError("the disk is full"), pytest.fail.Exception("no")])
-def test_a_function_that_fails_is_not_called_again(failure: BaseException) -> None:
-    calls = []
+def test_a_function_that_fails_is_not_called_again(failure: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported as the failure of a thread: on stderr, and by pytest as a warning."""
+    calls, told = list[str](), list[threading.ExceptHookArgs]()
+    monkeypatch.setattr(threading, "excepthook", told.append)
 
     def fail(line: str) -> None:
         calls.append(line)
@@ -83,8 +86,9 @@ def test_a_function_that_fails_is_not_called_again(failure: BaseException) -> No
     with portexec.serve(LIGHT, output=fail) as server:
         ask(server, "write/100")
         assert get(server.url) == greeting(server)
-        wait_for(lambda: f"portexec: note: the output goes nowhere else any more: {failure!r}\n" in server.output)
+        wait_for(lambda: f"portexec: note: no more is written to `output`, which raised {failure!r}\n" in server.output)
     assert len(calls) == 1
+    assert [(each.exc_type, each.exc_value) for each in told] == [(type(failure), failure)]
 
 
 def wait_for_another(server: portexec.Server) -> None:
@@ -94,9 +98,10 @@ def wait_for_another(server: portexec.Server) -> None:
 
 @pytest.mark.parametrize("wait", [portexec.Server.wait, portexec.Server.restart, wait_for_another])
 def test_a_function_that_waits_for_a_server_is_told_that_it_cannot(
-    wait: Callable[[portexec.Server], object], mark: str
+    wait: Callable[[portexec.Server], object], mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waited for ever: the thread that called it is the one that would have heard the news. Nothing is begun, either."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
     running: list[portexec.Server] = []
 
     def wait_in_vain(line: str) -> None:

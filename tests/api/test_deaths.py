@@ -10,6 +10,7 @@ import portexec
 from portexec.api import output
 from portexec.api.known_servers import Watched
 from portexec.binding.tables import listening_inodes
+from portexec.procfs import is_any_ending
 from tests.support import DEADLINE, wait_for
 from tests.support.proc import state, words_of
 from tests.support.serving import (
@@ -78,10 +79,14 @@ def test_a_look_tells_whether_a_death_may_come() -> None:
         watched = Watched(server._driver, None)
         assert not watched.seems_to_be_dying()
         tell(server, "exit/3")
-        wait_for(watched.seems_to_be_dying)
-        wait_for(lambda: not listening_inodes(server.port))
+        wait_for(lambda: not listening_inodes(server.port) and not is_any_ending(server.pid))
         assert watched.seems_to_be_dying()
         assert watched.death() is None  # the shell goes on
+        assert not watched.seems_to_be_dying()  # what was no sign once is none later
+        server.restart()
+        assert not watched.seems_to_be_dying()
+        tell(server, "exit/3")
+        wait_for(watched.seems_to_be_dying)
     with portexec.serve(["sleep", "1000"], ready="none") as server:
         assert not Watched(server._driver, None).seems_to_be_dying()
 

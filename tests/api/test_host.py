@@ -195,6 +195,19 @@ def test_a_host_that_is_killed_is_the_end_of_its_servers_and_the_next_one_has_an
     wait_for(lambda: not marked(mark))
 
 
+@pytest.mark.parametrize("start", ["first", "later"])
+def test_what_a_server_of_a_killed_host_has_made_goes_with_it(start: str, mark: str, tmp_path: Path) -> None:
+    with portexec.serve(ON_FD, listen="unix:app.sock", cwd=tmp_path) as server:
+        if start == "later":
+            server.restart()
+        assert os.listdir(tmp_path) == ["app.sock"]
+        os.kill(hook(server), signal.SIGKILL)
+        with pytest.raises(portexec.Exited, match="portexec itself was killed"):
+            server.wait()
+    wait_for(lambda: not marked(mark))
+    assert os.listdir(tmp_path) == []
+
+
 def test_each_end_after_that_is_told_when_it_comes(mark: str) -> None:
     """Whatever takes its time keeps nobody else waiting for the news."""
     with portexec.serve([*LIGHT, "ignore"], kill_after=1000) as slow, portexec.serve(LIGHT) as server:
