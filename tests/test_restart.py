@@ -224,7 +224,7 @@ def test_five_ends_without_ever_being_ready_are_enough(options: list[str], end: 
 def test_advice_is_given_once_in_a_run() -> None:
     done = run("--restart", "always", "-H", "guard", "--", "sh", "-c", "exit 3", "{port}")
     assert done.stderr.count("portexec: note: the command ended (exit status 3); restart in ") == 4
-    assert done.stderr.count("hint: --hand-off hold is for servers") == 1
+    assert done.stderr.count("hint: see its output above; if another program binds for it") == 1
 
 
 def test_ends_after_it_was_ready_are_never_enough() -> None:
