@@ -149,7 +149,7 @@ class Parent:
         self.claim = claim
         self.advised: set[str] = set()
         self.program = program
-        self.limits = limits
+        self.limits = limits or {}
         self.lifetime = launch.request.lifetime
         self.before_start = before_start
         self.shims: list[Shim] = []  # those that may not have ended
@@ -269,13 +269,11 @@ class Parent:
         if why := first.shim.why_gated:
             self.launch = self.launch.chosen(self.launch.choice.noting(f"gated: {why}"))
         elif self.launch.choice.hand_off == GUARD:
-            self.family.note_rehearsal(self.limits or {}, len(self.launch.bound.guards))
+            self.family.note_rehearsal(self.limits, len(self.launch.bound.guards))
         return first
 
     def _starts_at_once(self) -> bool:
-        """Whether the command starts as soon as it can: a host tells its program afterwards, and all others have to be told
-        before.
-        """
+        """Whether the command may start before others are told, as in a host that has no file to write."""
         chosen = self.launch.request.chosen
         return self.family.is_shared and chosen.port_file is None and chosen.export is None
 
@@ -307,7 +305,7 @@ class Parent:
             quiet=self.launch.request.chosen.quiet or not is_server,
             verbose=self.launch.request.chosen.verbose,
             is_apart=self.family.is_shared,
-            is_rehearsed=self.family.is_rehearsed(self.limits or {}, len(guards)),
+            is_rehearsed=self.family.is_rehearsed(self.limits, len(guards)),
             limits=self.limits,
             tell_end=(lambda: None) if self.program is None else self.program.tell_end,
         )

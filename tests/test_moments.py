@@ -330,6 +330,17 @@ def test_with_few_descriptors(mode: str, tmp_path: Path) -> None:
     assert any(has_worked for has_worked, _ in found.values())
 
 
+def test_too_few_descriptors_for_a_start_get_a_hint() -> None:
+    told = []
+    for limit in range(4, 16):
+        words = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *PORTEXEC, "-q", "-H", "guard", "--", "true"]
+        told.append(subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False).stderr)
+    error = "portexec: error: cannot start the command: Too many open files\n"
+    found = [said for said in told if said.startswith(error)]
+    assert found
+    assert set(found) == {f"{error}portexec: hint: raise the limit with `ulimit -n`\n"}
+
+
 @pytest.mark.parametrize("mode", LIMITED)
 def test_with_just_enough_memory_or_not(mode: str, tmp_path: Path) -> None:
     """Where the lowest limit is under which it works is found by halves."""

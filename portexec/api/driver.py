@@ -344,14 +344,14 @@ class Driver:
         if self._ready_after < restarts or (beside and lost is not None):
             failed = lost or self
             failed._is_end_known = True
-            failed.failure_told = failed._named(failed._why_over() if failed._is_over else failed._why_not_ready())
+            failed.failure_told = failed._why_over() if failed._is_over else failed._why_not_ready()
+            failed.name_in(failed.failure_told)
             raise failed.failure_told
 
-    def _named(self, error: PortexecError) -> PortexecError:
-        """The error with the name of the server, where it is one of several."""
+    def name_in(self, error: PortexecError) -> None:
+        """Put the name of the server, where it is one of several, before the message of an error that may be told again."""
         if self.name and not error.message.startswith(f"{self.name}: "):
             error.message = f"{self.name}: {error.message}"
-        return error
 
     def _why_not_ready(self) -> NotReady:
         pattern = self.traits.pattern.pattern if self.traits.pattern is not None else ""
@@ -505,8 +505,7 @@ class Driver:
         if self._is_the_parents:
             return NotRunning("the server belongs to the process that this one was forked from", "start another one with serve")
         how = "" if self.wait_status is None else f": {errors.how_it_ended(self.wait_status)}"
-        again = "" if self.was_left else "start it again with start(), or "
-        return NotRunning(f"the server is not running any more{how}", f"{again}start another one with serve")
+        return NotRunning(f"the server is not running any more{how}", "start it again with start(), or another one with serve")
 
     def forget(self) -> None:
         """In a forked child: let go of the server. It is the parent's, and so are the thread and the lock."""

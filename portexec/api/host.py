@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Protocol
 
+    from portexec.errors import PortexecError
+
     class Driver(Protocol):
         """A server, as this module needs it (`driver`). We read its output from `output_fd`, None when no more will come."""
 
@@ -52,6 +54,9 @@ if TYPE_CHECKING:
 
         def begin(self, host: Host, number: int, output: int) -> None:
             """A host is about to be told to serve it."""
+
+        def name_in(self, error: PortexecError) -> None:
+            """Put its name before the message of an error, where it is one of several."""
 
         def pass_on_stop(self) -> None:
             """Tell the host of a request to stop it that came before the order."""
@@ -157,7 +162,11 @@ class Host:
         self.require_other_thread()
         group = [self._count + 1, len(drivers)] if len(drivers) > 1 else []
         for driver in drivers:
-            self._serve(driver, caller, group)
+            try:
+                self._serve(driver, caller, group)
+            except UsageError as error:
+                driver.name_in(error)
+                raise
 
     def _serve(self, driver: Driver, caller: _Caller, group: list[int]) -> None:
         self._count += 1

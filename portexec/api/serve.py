@@ -142,6 +142,7 @@ class Server(_View):
 
         Raises `NotRunning` after the end or a death, `Exited` and `NotReady` as the start does; then nothing is left running.
         """
+        self._serving._require_block()
         _block(self._driver.restart)
 
     def start(self) -> None:
@@ -175,6 +176,7 @@ class AsyncServer(_View):
 
         Raises `NotRunning` after the end or a death, `Exited` and `NotReady` as the start does; then nothing is left running.
         """
+        self._serving._require_block()
         await self._driver.restart(_suspend_until)
 
     async def start(self) -> None:
@@ -248,11 +250,14 @@ class Serving:
         if await ended.has_ended(_suspend_until) and self._replace(ended):
             await self._start_in_loop()
 
+    def _require_block(self) -> None:
+        if self._was_left:
+            raise NotRunning("the block that owned this server is over", "start another one with serve")
+
     def _replace(self, ended: Driver) -> bool:
         """Make another driver for another start. False if another thread has done so."""
         with self._starting:
-            if self._was_left:
-                raise NotRunning("the block that owned this server is over", "start another one with serve")
+            self._require_block()
             is_first = self.driver is ended
             if is_first:
                 self.driver = ended.again()

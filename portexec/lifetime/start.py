@@ -244,7 +244,7 @@ class Start:
 
     def _take(self, kind: bytes, fields: list[str]) -> None:
         if kind == protocol.PREPARED:
-            pass  # it was told to go already
+            pass  # it was told to go right behind the word to prepare
         elif kind == protocol.STARTED:
             self.command_pid = int(fields[0])
             self.course.reach(RUNNING)

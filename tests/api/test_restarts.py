@@ -80,6 +80,18 @@ def test_a_restart_that_fails(tmp_path: Path, mark: str) -> None:
             server.restart()
 
 
+def test_a_restart_that_comes_too_late() -> None:
+    """The error is at the line of the caller. In the block the server can be started again, and after it no more."""
+    with portexec.serve(LIGHT) as server:
+        server.stop()
+        with pytest.raises(portexec.NotRunning) as in_the_block:
+            server.restart()
+    with pytest.raises(portexec.NotRunning) as after_it:
+        server.restart()
+    assert ["start()" in each.value.hint for each in (in_the_block, after_it)] == [True, False]
+    assert str(in_the_block.traceback[-1].path).endswith("driver.py")
+
+
 def test_a_restart_that_is_never_ready(tmp_path: Path, mark: str) -> None:
     for limit in LIMITS:
         file = tmp_path / f"{limit}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def test_one_that_fails_is_the_end_of_all(
         with pytest.raises(error) as caught, portexec.serve_all(dict(servers)):
             pass
     assert type(caught.value) is error
+    assert re.match("b: (?!b: )", caught.value.message), caught.value.message
     assert describe(marked(mark)) == []
 
 
