@@ -17,11 +17,11 @@ try:
     spare.append(bytes(2 << 20))  # Python takes 1 MiB at once
     bytes(_NEEDED)
     from portexec import __version__, options
+    from portexec.become import become
     from portexec.command.undo import Undo
     from portexec.kernel import ENDING_SIGNALS, STDERR
     from portexec.launch import give_back, prepare
     from portexec.request import Request, require_companions
-    from portexec.start import start
 except MemoryError:
     os.write(2, _OUT_OF_MEMORY)
     os._exit(125)
@@ -116,6 +116,10 @@ def _launch(request: Request, claim: Claim | None = None) -> int:
         launch = prepare(request, undo)
         if chosen.dry_run:
             return _show_plan(launch, undo, as_json=chosen.json)
+        if not launch.stays():
+            become(launch)
+        from portexec.start import start  # to become the command takes none of it
+
         _end_as(start(launch, claim))
     except BaseException:
         spare.clear()

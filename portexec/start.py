@@ -1,7 +1,8 @@
-"""From a launch to the command: become it, or stay as its parent. Fall back to `hold` where `guard` is not possible.
+"""Start the command of a launch and stay as its parent. Fall back to `hold` where `guard` is not possible.
 
-publish -> execute                            hand-offs `fd` and `hold`: portexec becomes the command
-fork a shim [-> rehearse] -> publish -> live  hand-off `guard`, which rehearses, and options under Lifetime: portexec stays
+    fork a shim [-> rehearse] -> publish -> live
+
+So it is with hand-off `guard`, which rehearses, and with options under Lifetime. All else becomes the command: `become.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import errno
 import gc
 import os
 
+from portexec.become import announce, become, publish_files
 from portexec.command import execute
-from portexec.command.plan import GUARD, HOLD, advice, exported, misplaced
+from portexec.command.plan import GUARD, HOLD
 from portexec.errors import MORE_DESCRIPTORS, PortexecError, RefusedError, UsageError, reason
 from portexec.kernel import STDERR, STDIN, STDOUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from typing import NoReturn
 
     from portexec.command.plan import Plan
     from portexec.launch import Launch
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
 
 
 def start(launch: Launch, claim: Claim | None = None) -> int:
-    """Run the command of a launch; `claim` is its name, if any. Returns a wait status of waitpid(2), or becomes the command.
+    """Run the command of a launch that stays; `claim` is its name, if any. Returns a wait status of waitpid(2).
 
-    Raises PortexecError. The caller then undoes what was made in the file system.
+    Becomes the command where portexec cannot stay, and need not. Raises PortexecError. The caller then undoes what was made in
+    the file system.
     """
-    if launch.stays():
-        launch = as_possible(launch, is_driven=launch.request.lifetime.control_fd is not None)
+    launch = as_possible(launch, is_driven=launch.request.lifetime.control_fd is not None)
     if not launch.stays():
-        _become(launch)
+        become(launch)
     from portexec.parent import loop
 
     family = _family()
@@ -51,7 +52,7 @@ def start(launch: Launch, claim: Claim | None = None) -> int:
         outcome = loop.run(parent.run())
     except _MerelyHold as fallback:
         _take_back(family)
-        _become(fallback.launch)
+        become(fallback.launch)
     parent.tell_outcome(outcome)
     return outcome.wait_status
 
@@ -113,12 +114,6 @@ def _no_guard(why: object) -> PortexecError:
     )
 
 
-def _become(launch: Launch) -> NoReturn:
-    _publish_files(launch)
-    _announce(launch, None)
-    execute.execute(launch.plan)
-
-
 class _MerelyHold(Exception):  # not an error: it turns portexec back into a program that executes
     """`guard` is not possible, and with `hold` portexec does not have to stay."""
 
@@ -174,14 +169,14 @@ class Parent:
         except RefusedError as refusal:
             raise _no_guard(refusal) from refusal
         try:
-            _publish_files(self.launch)
+            publish_files(self.launch)
         except BaseException:
             await self._undo(first.shim)
             raise
         if self.log is not None:
             self.log.keep()
         self._register()
-        _announce(self.launch, self.program)
+        announce(self.launch, self.program)
         is_for_command = not self.lifetime.is_asked_for_with(self.launch.choice.hand_off)
         if not (self.lifetime.is_lazy or self._starts_at_once()):
             first.go(early if is_for_command else ())
@@ -399,64 +394,3 @@ def require_no_danger(launch: Launch) -> None:
 
     if danger := privileges.lost_by(launch.plan.file):
         raise RefusedError(danger)
-
-
-def _publish_files(launch: Launch) -> None:
-    """Write the files that tell others the number. Raises PortexecError."""
-    chosen = launch.request.chosen
-    if chosen.port_file is not None or chosen.export is not None:
-        from portexec.command.publish import publish_files
-
-        listeners = launch.bound.listeners
-        publish_files(chosen.port_file, chosen.export, listeners[0].port, exported(listeners), launch.bound.undo)
-
-
-def _announce(launch: Launch, program: Program | None) -> None:
-    """Tell people on stderr, or the program that drives the run."""
-    if launch.request.chosen.quiet and not launch.request.chosen.verbose and program is None:
-        return
-    from portexec.command import publish
-    from portexec.say import say, say_json
-
-    chosen, listeners = launch.request.chosen, launch.bound.listeners
-    if any(spec.stable for spec in launch.request.specs) and not chosen.quiet:
-        from portexec.binding import stable
-
-        ports = [listener.port for listener in listeners]
-        say(*(f"note: {line}" for line in stable.passed_over(launch.request.specs, ports)))
-    if chosen.verbose:
-        from portexec import explain
-
-        say(*explain.verbose(launch))
-    if program is not None:
-        described = publish.described(listeners, launch.first_fd)
-        program.tell("bound", hand_off=launch.choice.hand_off, listeners=described)
-    elif chosen.json and not chosen.quiet:
-        say_json(publish.announcement_json(listeners, launch.choice.hand_off, launch.first_fd))
-    elif not chosen.quiet:
-        say(*publish.announcement(listeners, named=len(listeners) > 1))
-        _announce_for_browsers(launch)
-    if not chosen.quiet and program is None and (text := _advice(launch)):
-        say(f"note: {text}")
-
-
-def _announce_for_browsers(launch: Launch) -> None:
-    """Tell a person at a terminal the addresses that have the name of the run."""
-    if launch.request.name and os.isatty(STDERR):
-        from portexec.command.publish import described
-        from portexec.names.naming import for_browsers
-        from portexec.say import say
-
-        say(*for_browsers(launch.request.name, described(launch.bound.listeners, None)))
-
-
-def _advice(launch: Launch) -> str:
-    """Advice for a person before the command starts; empty for most commands."""
-    words = launch.plan.argv
-    if text := launch.hidden_number() or misplaced(words):
-        return text
-    if launch.choice.hand_off == GUARD:
-        from portexec.admission import privileges
-
-        return privileges.advice(words)
-    return advice(launch.choice.hand_off, words)

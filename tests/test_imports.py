@@ -64,6 +64,8 @@ api.pytest_entry:
 api.pytest_plugin: api.driver api.factories api.known_servers api.serve api.watchers errors
 api.serve: api.driver api.output binding.spec errors
 api.watchers:
+become: admission.privileges binding.stable command.execute command.plan command.publish explain kernel launch
+    lifetime.program names.naming say
 binding.guard: binding.tables errors
 binding.known_as: binding.listeners errors
 binding.listeners: binding.guard binding.refusals binding.spec binding.unix command.undo errors
@@ -75,7 +77,7 @@ binding.tables: errors
 binding.unix: command.undo errors kernel
 check: admission.privileges admission.seccomp binding.guard binding.listeners binding.spec command.plan errors kernel
     parent.child parent.loop parent.possible parent.signals plainjson
-cli: __init__ check command.undo completion control errors explain foresee kernel launch names.begin names.registry
+cli: __init__ become check command.undo completion control errors explain foresee kernel launch names.begin names.registry
     names.verbs options request say start
 command.activation:
 command.environment: command.fifo command.malformed errors
@@ -150,9 +152,9 @@ project: errors
 request: binding.known_as binding.listeners binding.spec binding.stable command.activation command.environment command.plan
     command.templates control errors names.naming options
 say: errors kernel
-start: admission.privileges binding.stable command.execute command.plan command.publish errors explain kernel launch
-    lifetime.events lifetime.log lifetime.notify lifetime.program lifetime.run lifetime.start names.naming names.registry
-    parent.family parent.loop parent.naming parent.possible parent.protocol parent.shim parent.signals procfs request say
+start: admission.privileges become command.execute command.plan command.publish errors kernel launch lifetime.events
+    lifetime.log lifetime.notify lifetime.program lifetime.run lifetime.start names.registry parent.family parent.loop
+    parent.naming parent.possible parent.protocol parent.shim parent.signals procfs request say
 surroundings: kernel
 writable:
 """
