@@ -6,8 +6,8 @@ VENV ?= .venv
 PYTEST ?=
 # What is installed beside portexec, a group in pyproject.toml; `base` leaves out what the suites in tests/suites need.
 DEPENDENCIES ?= dev
-# Tests wait for processes a part of their time: with a worker for each core, a quarter of the cores was idle.
-WORKERS ?= $(shell expr $$(nproc) \* 2)
+# Tests wait for processes a part of their time: with a worker for each core, a quarter of the cores was idle; with two, a tenth.
+WORKERS ?= $(shell expr $$(nproc) \* 3)
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 MADE = $(VENV)/pyvenv.cfg
