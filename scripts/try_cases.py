@@ -541,7 +541,8 @@ def table_of(places: dict[str, list[str]]) -> Iterator[str]:
         )
 
 
-def main() -> None:
+def main() -> int:
+    """Try the cases, or print a table. 1 if one of them is a NO."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--as", type=int, dest="user", default=os.geteuid(), metavar="UID", help="whose portexec it is")
     parser.add_argument("--only", default="", metavar="WORD", help="cases with this in their names")
@@ -549,19 +550,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.table:
         files = {name: Path(file) for name, _, file in (word.partition("=") for word in arguments.table)}
-        print("\n".join(table_of({name: file.read_text(errors="replace").splitlines() for name, file in files.items()})))
-        return
+        lines = {name: file.read_text(errors="replace").splitlines() for name, file in files.items()}
+        print("\n".join(table_of(lines)))
+        return int(any("\tNO" in line for found in lines.values() for line in found))
     try:
         here = Here(arguments.user)
     except Exception as error:
         print(f"{PLACE}\tNO: {error}", flush=True)
-        return
+        return 1
     for name, text in here.found.items():
         print(f"{PLACE}{name}\t{text}", flush=True)
+    outcomes = []
     for name, case in cases(here).items():
         if arguments.only in name:
-            print(f"{name}\t{outcome_of(case)}", flush=True)
+            outcomes.append(outcome_of(case))
+            print(f"{name}\t{outcomes[-1]}", flush=True)
+    return int(any(outcome.startswith("NO") for outcome in outcomes))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
