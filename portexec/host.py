@@ -140,7 +140,6 @@ class Hosted:
             with CloseOnError(bound):
                 templates = await self._templates(bound)
             launched = launch.plan(request, choice, bound, templates)
-            launched = start.as_possible(launched, is_driven=True)
             require = self.surroundings.require_directory
             limits = self.order.limits
             self.parent = start.Parent(launched, self.host.family, program=self.client, limits=limits, before_start=require)
@@ -187,10 +186,11 @@ class Hosted:
 
 
 class Host:
-    """The host. `fd` is its end of the control socket."""
+    """The host. `fd` is its end of the control socket. `why_not`: why it can run no server here; empty where it can."""
 
-    def __init__(self, fd: int, family: Family, home: Home) -> None:
+    def __init__(self, fd: int, why_not: str, family: Family, home: Home) -> None:
         self.fd = fd
+        self.why_not = why_not
         self.family = family
         self.home = home
         self.servers: dict[int, Hosted] = {}
@@ -202,7 +202,8 @@ class Host:
 
     async def live(self, program: int | None) -> None:
         """Live as long as the program does; `program` is its pidfd."""
-        spawn(self._follow_signals())
+        if not self.why_not:  # to read signals takes the C library
+            spawn(self._follow_signals())
         spawn(self._follow_requests())
         spawn(self._catch_up())
         ends = [self.is_over.wait()]
@@ -267,6 +268,8 @@ class Host:
         order = control.Order.read(descriptors[0], id) if 3 <= len(descriptors) <= 4 else None
         if order is None or self.is_over.is_set():
             raise PortexecError("portexec does not understand the order")
+        if self.why_not:
+            raise start.no_parent(self.why_not)
         try:
             stdin = descriptors[3] if len(descriptors) > 3 else self.home.silence()
         except OSError as error:
@@ -314,12 +317,12 @@ def main(fd: int, program: int | None) -> NoReturn:
         os.set_inheritable(descriptor, False)
     try:
         naming.name_front()
-        possible.why_not()  # orphans become ours, where they can
+        why_not = possible.why_not()  # where it can be, orphans become ours from now on
         family = Family(signals.Inbox(), set(), set(), is_shared=True)
         kernel.raise_descriptor_limit()  # many servers take many; each command gets the limit of its own order
         gc.freeze()  # see `start.Parent`
         gc.enable()
-        loop.run(Host(fd, family, Home()).live(program))
+        loop.run(Host(fd, why_not, family, Home()).live(program))
         os._exit(0)
     except BaseException as error:
         _tell_failure(fd, error)

@@ -99,13 +99,18 @@ def as_possible(launch: Launch, *, is_driven: bool) -> Launch:
     if not why:
         return launch
     if is_driven:
-        raise PortexecError(f"portexec cannot be the parent of a command here: {why}")
+        raise no_parent(why)
     if launch.request.lifetime.is_asked_for_with(HOLD):
         given = launch.request.chosen.lifetime()[0]
         raise UsageError(f"makes portexec stay as the parent, which it cannot here: {why}", "leave it out", about=given)
     if launch.choice.is_final:
         raise _no_guard(why)
     return launch.held(f"hand-off guard cannot be had: {why}")
+
+
+def no_parent(why: str) -> PortexecError:
+    """The error where portexec cannot be a parent, and nothing can be had without one. `why` is that of `possible.why_not`."""
+    return PortexecError(f"portexec cannot be the parent of a command here: {why}")
 
 
 def _no_guard(why: object) -> PortexecError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -111,12 +112,53 @@ def test_check_says_what_is_missing(what: str, tmp_path: Path) -> None:
     assert found["auto"].endswith("else hold")
 
 
-def test_serve_says_what_is_missing(tmp_path: Path) -> None:
-    script = "import portexec, sys\ntry: portexec.serve([sys.executable]).__enter__()\nexcept Exception as e: print(e)"
-    with without("subreaper", tmp_path) as prefix:
-        words = [*prefix, sys.executable, "-c", script]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=support.DEADLINE)
-    assert done.stdout.splitlines()[0] == f"portexec cannot be the parent of a command here: {MISSING['subreaper']}"
+SERVE = """
+import portexec, sys
+try: portexec.serve([sys.executable]).__enter__()
+except Exception as error: print(error)
+"""
+
+
+def refused_by_serve(*words: str) -> str:
+    """What `serve` says, in a Python of these words."""
+    done = subprocess.run(
+        [*words, "-c", SERVE],
+        env=os.environ | {"PYTHONPATH": str(support.ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=support.DEADLINE,
+    )
+    return done.stdout.partition("\n")[0]
+
+
+@pytest.mark.parametrize("what", [row for row in HERE if "ctypes" not in str(row)])
+def test_serve_says_what_is_missing(what: str, tmp_path: Path) -> None:
+    with without(what, tmp_path) as prefix:
+        said = refused_by_serve(*prefix, sys.executable)
+    assert said.startswith(f"portexec cannot be the parent of a command here: {MISSING[what]}")
+
+
+def test_serve_says_that_the_c_library_is_missing(tmp_path: Path) -> None:
+    """A host imports nothing from where a test could hide the module, so this is a Python that has none."""
+    import _ctypes
+
+    if not hasattr(_ctypes, "__file__"):
+        pytest.skip("this Python has it built in")
+    python = tmp_path / "bin" / f"python3.{sys.version_info[1]}"
+    library = tmp_path / "lib" / python.name
+    compiled = library / "lib-dynload"
+    compiled.mkdir(parents=True)
+    python.parent.mkdir()
+    shutil.copy(os.path.realpath(sys.executable), python)
+    for file in Path(os.__file__).parent.iterdir():
+        if file.name != compiled.name:
+            (library / file.name).symlink_to(file)
+    for file in Path(_ctypes.__file__).parent.iterdir():
+        if not file.name.startswith("_ctypes."):
+            (compiled / file.name).symlink_to(file)
+    said = refused_by_serve(str(python))
+    assert said.startswith("portexec cannot be the parent of a command here: this Python cannot call the C library (")
 
 
 # A kernel that fixes what a socket shares when the socket is bound, as gVisor does
