@@ -83,7 +83,7 @@ with_qemu() {
     make_root "$root-arm64" bookworm --arch=arm64 && TRY_DEADLINE=300 in_namespaces own "$root-arm64" python3
 }
 
-with_pypy() { make_root "$root-pypy" trixie --include=pypy3 && in_namespaces own "$root-pypy" pypy3; }
+with_pypy() { make_root "$root-pypy" trixie --include=python3,iproute2,kmod,pypy3 && in_namespaces own "$root-pypy" pypy3; }
 
 try() {
     case $1 in

@@ -31,11 +31,15 @@ download_kernel() {
     [ ! -e "$target/made" ] || return 0
     rm -rf "$apt" "$target"
     mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial" "$target"
-    {
-        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $suite main"
-        [ "$suite" = sid ] ||
-            echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian-security $suite-security main"
-    } >"$apt/sources.list"
+    # From the mirrors that this machine has for its own suite.
+    local keys=/usr/share/keyrings/debian-archive-keyring.gpg mirror distribution
+    while read -r mirror distribution; do
+        case $distribution in
+            *-updates | *-backports) ;;
+            *-security) [ "$suite" = sid ] || echo "deb [signed-by=$keys] $mirror $suite-security main" ;;
+            *) echo "deb [signed-by=$keys] $mirror $suite main" ;;
+        esac
+    done < <(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | sort -u) >"$apt/sources.list"
     local options=(-q -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State::lists=$apt/lists"
         -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User=root)
     depends() { apt-cache "${options[@]}" depends "$1" 2>>"$apt/log" | sed -n "s/^ *Depends: \($2.*\)/\1/p"; }
@@ -132,15 +136,17 @@ make_initramfs() {
 
 boot() {
     # Boot one kernel, and cut what it printed into a file for each column.
-    local suite=$1 target=$work/kernel-$1 version log=$work/boot-$1.log accelerator=tcg,thread=multi cpu=max memory=2048
+    local suite=$1 target=$work/kernel-$1 version kernel log=$work/boot-$1.log accelerator=tcg,thread=multi cpu=max memory=2048
     version=$(basename "$target"/lib/modules/*)
+    kernel=$target/boot/vmlinuz-$version
+    [ -e "$kernel" ] || kernel=$target/lib/modules/$version/vmlinuz # where newer packages have it
     [ -z "${TRY_KVM:-}" ] || { accelerator=kvm cpu=host; }
     [ -z "$tests" ] || memory=4096
     make_initramfs "$target" "$version" "$work/initramfs-$suite"
     say "$suite: Linux $version, $columns"
     timeout "${TRY_TIMEOUT:-7200}" qemu-system-x86_64 -accel "$accelerator" -cpu "$cpu" -smp "${TRY_CPUS:-2}" -m "$memory" \
         -nic none -nographic -no-reboot \
-        -kernel "$target/boot/vmlinuz-$version" -initrd "$work/initramfs-$suite" \
+        -kernel "$kernel" -initrd "$work/initramfs-$suite" \
         -append "console=ttyS0 panic=-1 loglevel=0 tsc=reliable" </dev/null >"$log" 2>&1 || say "$suite: qemu ended with $?"
     tr -d '\r' <"$log" | awk -v place="$results/$(echo "$version" | cut -d. -f1-2)" '
         /^@@ begin/ { file = place "-" $3 ".txt"; printf "" >file; next }
