@@ -14,7 +14,7 @@ import os
 from portexec.become import announce, become, publish_files
 from portexec.command import execute
 from portexec.command.plan import GUARD, HOLD
-from portexec.errors import MORE_DESCRIPTORS, PortexecError, RefusedError, UsageError, reason
+from portexec.errors import MORE_DESCRIPTORS, PortexecError, RefusedError, reason
 from portexec.kernel import STDERR, STDIN, STDOUT
 
 TYPE_CHECKING = False
@@ -101,8 +101,7 @@ def as_possible(launch: Launch, *, is_driven: bool) -> Launch:
     if is_driven:
         raise no_parent(why)
     if launch.request.lifetime.is_asked_for_with(HOLD):
-        given = launch.request.chosen.lifetime()[0]
-        raise UsageError(f"makes portexec stay as the parent, which it cannot here: {why}", "leave it out", about=given)
+        raise possible.refusal(launch.request.chosen.lifetime()[0], why)
     if launch.choice.is_final:
         raise _no_guard(why)
     return launch.held(f"hand-off guard cannot be had: {why}")

@@ -92,6 +92,18 @@ def test_what_needs_a_parent_is_refused_by_name(what: str, hand_off: str, option
 
 
 @pytest.mark.parametrize("what", HERE)
+def test_the_background_is_refused_before_a_name_is_claimed(what: str, tmp_path: Path, registry: Path) -> None:
+    with without(what, tmp_path) as prefix:
+        done = support.run("--name", "web", "--detach", "--", "touch", str(tmp_path / "started"), prefix=prefix)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert done.stderr.startswith(
+        f"portexec: error: --detach makes portexec stay as the parent, which it cannot here: {MISSING[what]}"
+    )
+    assert not registry.exists()
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("what", HERE)
 @pytest.mark.parametrize("words", [["-H", "guard"], ["--remap", "80"]])
 def test_guard_is_refused(what: str, words: list[str], tmp_path: Path) -> None:
     with without(what, tmp_path) as prefix:

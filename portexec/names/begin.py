@@ -8,6 +8,7 @@ from portexec import project
 from portexec.errors import STATUS_FAILURE, Abandoned, PortexecError
 from portexec.names import registry, wait
 from portexec.names.registry import STOPPING, Claim, Entry, NameTaken
+from portexec.parent import possible
 from portexec.request import Request
 from portexec.say import print_out, say
 
@@ -41,7 +42,12 @@ def run(request: Request, launch: Callable[[Request, Claim | None], int]) -> int
 
 
 def _require_possible(request: Request) -> None:
-    if request.chosen.detach and os.getpid() == 1:
+    """Refuse --detach where the background cannot be had, before a name is claimed."""
+    if not request.chosen.detach:
+        return
+    if why := possible.why_not():
+        raise possible.refusal("--detach", why)
+    if os.getpid() == 1:
         raise PortexecError(
             "cannot go to the background as the first process of a container: all of it ends with that process",
             "leave out --detach, so that portexec stays; or start it from a shell that stays",

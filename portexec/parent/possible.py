@@ -10,12 +10,17 @@ from __future__ import annotations
 import os
 
 from portexec import kernel
-from portexec.errors import reason
+from portexec.errors import UsageError, reason
 
 
 def why_not() -> str:
     """Why it cannot; empty if it can. If it can, orphans below this process become its children from now on."""
     return kernel.why_no_calls() or _why_no_processes() or _why_no_orphans()
+
+
+def refusal(option: str, why: str) -> UsageError:
+    """The error of an option for which portexec would have to be a parent; `why` is that of `why_not`."""
+    return UsageError(f"makes portexec stay as the parent, which it cannot here: {why}", "leave it out", about=option)
 
 
 def _why_no_orphans() -> str:
