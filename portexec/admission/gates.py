@@ -119,9 +119,12 @@ def inode_of(thread: int, fd: int) -> int:
 
 
 def is_in_our_network(thread: int) -> bool:
-    """Whether a thread is in our network namespace, true where we may not look. In another one the number is not ours."""
+    """Whether a thread is in our network namespace, true where we may not look. In another one the number is not ours.
+
+    Where we may not look, the link cannot be read; on Linux 5.10 it reads as empty, and leads to the directory that it is in.
+    """
     try:
-        return os.stat(f"/proc/{thread}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
+        return os.readlink(f"/proc/{thread}/ns/net") in ("", os.readlink("/proc/self/ns/net"))
     except OSError:
         return True
 
