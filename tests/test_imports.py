@@ -118,7 +118,7 @@ lifetime.start: binding.succession errors parent.child parent.link parent.loop p
     procfs
 lifetime.unready: admission.elsewhere binding.listeners binding.tables lifetime.get lifetime.readiness request say
 lifetime.waits: kernel procfs
-names.begin: errors foresee names.detach names.listing names.registry names.wait parent.possible project request say
+names.begin: errors foresee kernel names.detach names.listing names.registry names.wait parent.possible project request say
 names.detach: binding.stable command.activation command.execute command.undo control errors kernel lifetime.log names.listing
     names.naming names.registry names.wait plainjson request say
 names.listing: errors kernel names.naming names.registry plainjson say

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from portexec import project
-from portexec.errors import STATUS_FAILURE, Abandoned, PortexecError
+from portexec.errors import STATUS_FAILURE, Abandoned, PortexecError, reason
+from portexec.kernel import STDERR
 from portexec.names import registry, wait
 from portexec.names.registry import STOPPING, Claim, Entry, NameTaken
 from portexec.parent import possible
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 def run(request: Request, launch: Callable[[Request, Claim | None], int]) -> int:
     """Claim the name of a request and have it launched. Returns an exit status. Raises PortexecError."""
-    _require_possible(request)
+    if request.chosen.detach:
+        if not request.chosen.dry_run:
+            _open_standard_streams()
+        _require_background()
     wanted = _entry(request)
     if request.chosen.dry_run:
         other = _foresee(request, wanted)
@@ -41,10 +45,21 @@ def run(request: Request, launch: Callable[[Request, Claim | None], int]) -> int
     return waiting.finish()
 
 
-def _require_possible(request: Request) -> None:
-    """Refuse --detach where the background cannot be had, before a name is claimed."""
-    if not request.chosen.detach:
-        return
+def _open_standard_streams() -> None:
+    """Open /dev/null for standard streams that the caller has closed, so that no other file gets their numbers.
+
+    Not even that of a library: libffi 3.8 keeps its own file open from the first call into the C library on. Raises PortexecError.
+    """
+    try:
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+            os.set_inheritable(fd, True)
+    except OSError as error:
+        raise PortexecError(f"cannot go to the background: {os.devnull}: {reason(error)}") from error
+    os.close(fd)
+
+
+def _require_background() -> None:
+    """Raise PortexecError where a run cannot go to the background."""
     if why := possible.why_not():
         raise possible.refusal("--detach", why)
     if os.getpid() == 1:

@@ -51,7 +51,6 @@ def fork(request: Request, claim: Claim) -> Waiting | None:
     """
     chosen = request.chosen
     try:
-        _open_standard_streams()
         if chosen.log is None:
             chosen.log = claim.make_log()
             claim.tell_log(chosen.log)
@@ -70,13 +69,6 @@ def fork(request: Request, claim: Claim) -> Waiting | None:
     _leave(len(request.inherited), {int(chosen.control_fd), claim.lock, claim.front}, log)
     claim.pass_to_me()
     return None
-
-
-def _open_standard_streams() -> None:
-    """Open /dev/null for standard streams that the caller has closed, so that no other file gets their numbers."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR:
-        os.set_inheritable(fd, True)
-    os.close(fd)
 
 
 def _leave(inherited: int, keep: set[int], log: Log) -> None:
