@@ -48,7 +48,7 @@ def run(request: Request, launch: Callable[[Request, Claim | None], int]) -> int
 def _open_standard_streams() -> None:
     """Open /dev/null for standard streams that the caller has closed, so that no other file gets their numbers.
 
-    Not even that of a library: libffi 3.8 keeps its own file open from the first call into the C library on. Raises PortexecError.
+    Not even a file of a library: libffi 3.8 keeps one open from the first call into the C library on. Raises PortexecError.
     """
     try:
         while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR:
