@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def start(launch: Launch) -> Launch:
     """The launch as the run would have it. Raises the PortexecError by which the run would fail."""
     if launch.stays():
-        launch = as_possible(launch, is_driven=launch.request.lifetime.control_fd is not None)
+        launch = as_possible(launch)
     if launch.stays():
         _notify_socket(launch)
         if launch.request.lifetime.log is not None:

@@ -41,7 +41,7 @@ def start(launch: Launch, claim: Claim | None = None) -> int:
     Becomes the command where portexec cannot stay, and need not. Raises PortexecError. The caller then undoes what was made in
     the file system.
     """
-    launch = as_possible(launch, is_driven=launch.request.lifetime.control_fd is not None)
+    launch = as_possible(launch)
     if not launch.stays():
         become(launch)
     from portexec.parent import loop
@@ -88,17 +88,17 @@ def _take_back(family: Family) -> None:
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 0)
 
 
-def as_possible(launch: Launch, *, is_driven: bool) -> Launch:
+def as_possible(launch: Launch) -> Launch:
     """The launch as it is possible here: with `hold` where portexec cannot be a parent and nothing insists on one.
 
-    `is_driven`: a program drives the run, and insists.
+    A program that drives the run insists, and so does an option that needs a parent.
     """
     from portexec.parent import possible
 
     why = possible.why_not()
     if not why:
         return launch
-    if is_driven:
+    if launch.request.lifetime.control_fd is not None:
         raise no_parent(why)
     if launch.request.lifetime.is_asked_for_with(HOLD):
         raise possible.refusal(launch.request.chosen.lifetime()[0], why)
