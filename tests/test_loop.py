@@ -1157,6 +1157,68 @@ def test_a_failure_ends_the_part_and_no_other(where: str, log: list[object]) -> 
     assert log == ["the other goes on"]
 
 
+@pytest.mark.parametrize("where", ["loser", "inner first", "spawned", "inner part"])
+def test_a_failure_of_a_close_ends_the_part_and_no_other(where: str, log: list[object]) -> None:
+    """What a `finally` raises counts as what a task raises; all others of the part are closed all the same."""
+
+    async def fail_at_the_end() -> None:
+        try:
+            await sleep(HOUR)
+        finally:
+            raise Boom
+
+    async def linger() -> None:
+        try:
+            await sleep(HOUR)
+        finally:
+            log.append("closed")
+
+    async def main() -> None:
+        spawn(linger())
+        await sleep(0)
+        if where == "loser":
+            await first(sleep(0), linger(), fail_at_the_end(), linger())
+        elif where == "inner first":
+            await first(sleep(0), first(linger(), fail_at_the_end(), linger()))
+        elif where == "inner part":
+            spawn(isolated(first(linger(), fail_at_the_end(), linger()), Around("inner", log)))
+            await sleep(0)
+        else:
+            for task in linger(), fail_at_the_end(), linger():
+                spawn(task)
+            await sleep(0)
+        log.append("goes on")
+
+    async def outer() -> None:
+        await sleep(0)
+        with pytest.raises(Boom):
+            await isolated(main(), Around("part", log))
+        log.append("outer")
+        await sleep(0)
+
+    run(outer())
+    goes_on = where in {"spawned", "inner part"}  # the part ends anyhow, and closes those then
+    assert log == ["goes on"] * goes_on + ["closed"] * 3 + ["outer"]
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_a_failure_while_a_part_is_closed_from_outside(is_apart: bool, log: list[object]) -> None:
+    async def fail_at_the_end() -> None:
+        try:
+            await sleep(HOUR)
+        finally:
+            raise Boom
+
+    async def outer() -> None:
+        part = isolated(fail_at_the_end(), Around("part", log))
+        await first(sleep(0), isolated(part, Around("around it", log)) if is_apart else part)
+        log.append("never")
+
+    with pytest.raises(Boom):
+        run(outer())
+    assert log == []
+
+
 def test_a_part_is_closed_with_who_waits_for_it(log: list[object]) -> None:
     async def spawned() -> None:
         try:

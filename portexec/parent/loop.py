@@ -1,4 +1,4 @@
-"""The loop: coroutines on one poll(2), for the processes of portexec. One thread, no scopes, no futures.
+"""The loop: coroutines on one poll(2), for the processes of portexec. One thread, no futures.
 
     run(coroutine)                  run it to its end, with all that it spawns, and return what it returns
     spawn(coroutine)                run another one beside it, until the run ends
@@ -17,9 +17,9 @@ How it behaves:
 - To cancel is to close a coroutine: Python raises GeneratorExit where it waits, and its `finally` runs. The loop closes only
   between the steps of tasks, never from inside one, and the innermost first. A `finally` may not await: nobody would wait for
   it. So what has to be waited for at the end must not be in a `finally`.
-- An exception in any task ends the run, or the `isolated` part that the task belongs to. All other tasks of the run or part are
-  closed, and `run` or `isolated` raises the exception. An expected exception is to be caught inside the coroutine that `spawn`
-  or `first` is given; a plain `await f()` raises as ever.
+- An exception in any task ends the run, or the `isolated` part that the task belongs to. So does an exception in a `finally` of
+  a task that is closed. All other tasks of the run or part are closed, and `run` or `isolated` raises the first exception. An
+  expected exception is to be caught inside the coroutine that `spawn` or `first` is given; a plain `await f()` raises as ever.
 - A task that another task starts belongs to the same part as that one.
 - A descriptor that is closed while somebody waits for it wakes that task, whose next call fails with EBADF. Close the task
   first, since the number may soon be another file's.
@@ -35,7 +35,7 @@ from _heapq import heapify, heappop, heappush  # what heapq has them from
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
     from typing import Any, Protocol, TypeVar
 
     T = TypeVar("T")
@@ -246,9 +246,11 @@ class _Loop:
                 if not main.is_over:
                     self.wait_for_news()
         except BaseException:
-            self.close_all(is_failing=True)
+            self.close(_latest(self.tasks))
             raise
-        self.close_all(is_failing=False)
+        failure = self.close(_latest(self.tasks))
+        if failure is not None:
+            raise failure
         return main.result
 
     def start(self, task: Task, part: _Part | None) -> Task:
@@ -288,12 +290,16 @@ class _Loop:
         except Exception as error:
             task.is_over = True
             self.forget(task)
-            if task.part is None:
-                raise
-            task.part.failure = task.part.failure or error
-            self.ending_parts[task.part] = None
+            self.fail(task.part, error)
             return
         self.begin_wait(task, wait)
+
+    def fail(self, part: _Part | None, error: BaseException) -> None:
+        """End a part of the run for an exception in a task of it; without a part, raise it, which ends the run."""
+        if part is None or not isinstance(error, Exception):
+            raise error
+        part.failure = part.failure or error
+        self.ending_parts[part] = None
 
     def within(self, part: _Part | None, act: Callable[[], Any]) -> Any:
         """Make a step of a task of this part, or close it, inside of the part's `around`."""
@@ -363,56 +369,46 @@ class _Loop:
         if wait is None or wait.task is None:
             return
         winner = next((position for position, task in enumerate(group.tasks) if task.is_over), None)
-        for task in group.tasks:
-            self.close(task)
-        self.wake(wait, winner)
+        failure = self.close(group.tasks)
+        if failure is None:
+            self.wake(wait, winner)
+        else:
+            self.fail(wait.task.part, failure)
 
     def end_part(self, part: _Part) -> None:
-        """Close the tasks that are left of a part, the latest first, and wake the task that waits for the part."""
+        """Close the tasks that are left of a part, and wake the task that waits for the part."""
+        failure = self.close(_latest(part.tasks))
+        if failure is not None:
+            self.fail(part, failure)
         del self.ending_parts[part]
-        self.close_part(part)
         if part.wait is not None:
             self.wake(part.wait)
 
-    def close_part(self, part: _Part) -> None:
-        """Close the tasks of a part. The first failure of any of them is that of the part."""
-        while part.tasks:
-            try:
-                self.close(next(reversed(part.tasks)))
-            except Exception as error:
-                part.failure = part.failure or error
+    def close(self, tasks: Iterable[Task]) -> BaseException | None:
+        """Close these tasks, all of them. Returns the first failure of a close."""
+        return next(filter(None, [self.close_one(task) for task in tasks]), None)
 
-    def close(self, task: Task) -> None:
-        """Close a task and, before it, the tasks of the `first`, or of the part, that it waits for."""
+    def close_one(self, task: Task) -> BaseException | None:
+        """Close a task, and before it those of the `first`, or of the part, that it waits for. Returns the first failure."""
         if task.is_over:
-            return
-        wait = task.wait
+            return None
+        wait, failure = task.wait, None
         if wait is not None:
-            for child in wait.group.tasks if wait.group is not None else ():
-                self.close(child)  # which may raise; then `task` is left for close_all()
             self.end_wait(wait)
-            if wait.part is not None:
-                self.close_part(wait.part)
+            if wait.group is not None:
+                failure = self.close(wait.group.tasks)
+            elif wait.part is not None:
                 self.ending_parts.pop(wait.part, None)
+                failure = self.close(_latest(wait.part.tasks))
         task.is_over = True
         self.forget(task)
         try:
             self.within(task.part, task.coroutine.close)
-        except RuntimeError as error:
-            if "ignored GeneratorExit" not in str(error):
-                raise
-            raise RuntimeError(f"{task!r} awaits while it is closed; what is in its `finally` may not") from error
-
-    def close_all(self, *, is_failing: bool) -> None:
-        """Close all tasks that are left, the latest first. Raises the first failure of a close, unless the run has failed."""
-        failure: BaseException | None = None
-        while self.tasks:
-            try:
-                self.close(next(reversed(self.tasks)))
-            except BaseException as error:
-                failure = failure or error
-        if failure is not None and not is_failing:
-            raise failure
+        except BaseException as error:
+            if "ignored GeneratorExit" in str(error):
+                error = RuntimeError(f"{task!r} awaits while it is closed; what is in its `finally` may not")
+            return failure or error
+        return failure
 
     def wait_for_news(self) -> None:
         """One poll(2): wake those whose descriptor has news, and then those whose time has come."""
@@ -459,6 +455,12 @@ _running: _Loop | None = None
 def _current() -> _Loop:
     assert _running is not None, "no loop runs"  # noqa: S101  # a mistake of ours and nobody else's
     return _running
+
+
+def _latest(tasks: dict[Task, None]) -> Iterator[Task]:
+    """The latest task, as long as there is one."""
+    while tasks:
+        yield next(reversed(tasks))
 
 
 def _number(file: int | HasFileno) -> int:
