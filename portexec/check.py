@@ -9,7 +9,7 @@ from portexec.binding.guard import WEAKLY, can_hide, has_ipv6, knows_flips
 from portexec.binding.listeners import LINUX, Bound, bind_all
 from portexec.binding.spec import DEFAULT, parse_listen
 from portexec.command.plan import GUARD, HOLD, Plan
-from portexec.errors import PortexecError, RefusedError, reason
+from portexec.errors import RefusedError, cannot, reason
 
 _YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 _PROXIED = "available: a bind is made on the command's own socket"
@@ -137,7 +137,7 @@ def _guard() -> str:
     except RefusedError as refusal:
         return f"not available: {refusal}"
     except OSError as error:
-        raise PortexecError(f"cannot rehearse: {reason(error)}") from error
+        raise cannot("rehearse", error) from error
     finally:
         bound.close()
 

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _end_without_memory()  # Python may be broken by now, so nothing more is imported to report it
         short = shortage(error)
         if short is None:
-            return _report_bug()
+            return _report_bug(error)
         failure = short
     # Outside of `except` nothing keeps alive what the run had open: there are descriptors, and memory, for the message.
     _report(failure, chosen.control_fd)
@@ -196,11 +196,10 @@ def _end_without_memory() -> NoReturn:
     os._exit(STATUS_FAILURE)
 
 
-def _report_bug() -> int:
-    sys.excepthook(*sys.exc_info())
+def _report_bug(error: Exception) -> int:
     from portexec.say import say_bug
 
-    say_bug()
+    say_bug(error)
     return STATUS_FAILURE
 
 

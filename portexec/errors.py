@@ -46,6 +46,8 @@ spare: list[bytes] = []
 
 MORE_DESCRIPTORS = "raise the limit with `ulimit -n`"
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# The second is the limit for what a user has sent to other processes, and they have not taken yet; unix(7).
+_LIMITS_OF_DESCRIPTORS = (errno.EMFILE, errno.ETOOMANYREFS)
 
 
 class PortexecError(Exception):
@@ -182,6 +184,12 @@ def reason(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "out of memory"
     return error.strerror or str(error)
+
+
+def cannot(do: str, error: OSError | MemoryError) -> PortexecError:
+    """The error for something that cannot be done, with the system's reason, and what to do where that is a limit."""
+    is_limit = isinstance(error, OSError) and error.errno in _LIMITS_OF_DESCRIPTORS
+    return PortexecError(f"cannot {do}: {reason(error)}", MORE_DESCRIPTORS if is_limit else "")
 
 
 def is_shortage(error: OSError) -> bool:

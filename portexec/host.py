@@ -16,13 +16,12 @@ from __future__ import annotations
 import _signal
 import gc
 import os
-import sys
 
 import portexec.parent.supervisor  # noqa: F401  # what shims need is imported once for all of them
 from portexec import control, kernel, launch, options, start
 from portexec.command.plan import template_values
 from portexec.command.undo import Undo
-from portexec.errors import STATUS_FAILURE, CloseOnError, PortexecError, UsageError, reason, shortage
+from portexec.errors import STATUS_FAILURE, CloseOnError, PortexecError, UsageError, cannot, reason, shortage
 from portexec.parent import loop, naming, possible, signals
 from portexec.parent.family import Family
 from portexec.parent.loop import Event, first, readable, spawn, writable
@@ -175,9 +174,8 @@ class Hosted:
         short = shortage(error)
         if short is None:
             with self.surroundings:
-                sys.excepthook(type(error), error, error.__traceback__)
-                say_bug()
-        self.client.tell_error(short or PortexecError("this is a bug in portexec, see the output"))
+                short = PortexecError(say_bug(error))
+        self.client.tell_error(short)
         left = [] if self.parent is None else self.parent.shims
         for shim in left:
             shim.link.close()
@@ -273,7 +271,7 @@ class Host:
         try:
             stdin = descriptors[3] if len(descriptors) > 3 else self.home.silence()
         except OSError as error:
-            raise PortexecError(f"cannot start the command: {reason(error)}") from error
+            raise cannot("start the command", error) from error
         file, output, directory = descriptors[:3]
         os.close(file)
         return Hosted(self, order, Surroundings(self.home, directory, output, stdin, order.umask), self._group(order))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _signal
 import os
+import sys
 
 from portexec.errors import PortexecError, escaped, reason
 from portexec.kernel import STDERR, STDOUT
@@ -73,9 +74,11 @@ def is_own(line: str) -> bool:
     return line.startswith(tuple(f"{_PREFIX}{kind}: " for kind in ("error", "note", "hint")))
 
 
-def say_bug() -> None:
-    """Write the line that follows the traceback of an unexpected error."""
+def say_bug(error: BaseException) -> str:
+    """Write the traceback of an unexpected error, and what to do. Returns the reason for those who only hear of a failure."""
+    sys.excepthook(type(error), error, error.__traceback__)
     say(_BUG)
+    return "this is a bug in portexec, see the output"
 
 
 def say_json(line: str) -> None:

@@ -7,14 +7,13 @@ So it is with hand-off `guard`, which rehearses, and with options under Lifetime
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 
 from portexec.become import announce, become, publish_files
 from portexec.command import execute
 from portexec.command.plan import GUARD, HOLD
-from portexec.errors import MORE_DESCRIPTORS, PortexecError, RefusedError, reason
+from portexec.errors import PortexecError, RefusedError, cannot
 from portexec.kernel import STDERR, STDIN, STDOUT
 
 TYPE_CHECKING = False
@@ -167,9 +166,7 @@ class Parent:
         try:
             first = await self._first_start()
         except OSError as error:
-            why = reason(error)
-            hint = MORE_DESCRIPTORS if why == os.strerror(errno.EMFILE) else ""
-            raise PortexecError(f"cannot start the command: {why}", hint) from error
+            raise cannot("start the command", error) from error
         except RefusedError as refusal:
             raise _no_guard(refusal) from refusal
         try:

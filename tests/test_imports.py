@@ -132,15 +132,15 @@ names.verbs: errors names.listing names.logs names.missing names.naming names.re
 names.wait: errors names.missing names.registry say
 options: binding.spec command.plan errors
 parent.child: admission.answer admission.seccomp binding.guard command.execute command.plan errors kernel parent.link
-    parent.loop parent.signals procfs
+    parent.loop parent.signals procfs say
 parent.family: parent.shim parent.signals
-parent.link: command.execute
+parent.link: command.execute errors
 parent.loop:
 parent.naming: procfs
 parent.possible: errors kernel
 parent.protocol: binding.guard command.plan
 parent.shim: admission.answer command.undo errors kernel parent.child parent.link parent.loop parent.naming
-    parent.protocol parent.signals parent.supervisor
+    parent.protocol parent.signals parent.supervisor say
 parent.signals: kernel
 parent.supervisor: admission.diagnosis admission.elsewhere errors kernel parent.child parent.link parent.loop parent.protocol
     parent.signals parent.tree parent.witness procfs

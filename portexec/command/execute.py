@@ -13,7 +13,7 @@ import os
 
 from portexec.command import activation
 from portexec.command.plan import Plan
-from portexec.errors import CannotExecute, CommandNotFound, PortexecError, reason
+from portexec.errors import MORE_DESCRIPTORS, CannotExecute, CommandNotFound, PortexecError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def execute(plan: Plan) -> NoReturn:
             os.dup2(fd, number)
         moved = place(plan.passed, plan.first_fd, plan.kept)
     except OSError as error:
-        raise PortexecError(f"cannot place the descriptors: {reason(error)}", "raise the limit with `ulimit -n`") from error
+        raise PortexecError(f"cannot place the descriptors: {reason(error)}", MORE_DESCRIPTORS) from error
     follow_jobserver(environment, moved)
     if plan.for_pid:
         environment = activation.pid_variables(os.getpid()) | environment

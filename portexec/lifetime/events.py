@@ -10,13 +10,14 @@ from portexec.command.publish import announcement, described
 from portexec.errors import reason
 from portexec.kernel import STDERR
 from portexec.parent.loop import sleep, writable
-from portexec.say import moments, say
+from portexec.say import moments, say, say_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from portexec.binding.listeners import Listener
+    from portexec.errors import PortexecError
     from portexec.launch import Launch
     from portexec.lifetime.program import Program
     from portexec.names.registry import Claim
@@ -58,9 +59,9 @@ class Reporter:
         if new and (lost := [before for before, now in zip(announced, found, strict=True) if before.known_as != now.known_as]):
             self.note(f"{lost[0].known_as} does not lead there: the command listens where other machines cannot reach it")
 
-    def error(self, text: str) -> None:
+    def error(self, error: PortexecError) -> None:
         """Something has failed, and the run goes on."""
-        say(f"error: {text}")
+        say_error(error)
 
     def note(self, text: str, hint: str = "") -> None:
         """Something that a person should know, and what may help."""

@@ -8,7 +8,7 @@ connection that it has not read from yet, and the request is lost.
 from __future__ import annotations
 
 from portexec.binding import tables
-from portexec.errors import how_it_ended, reason
+from portexec.errors import PortexecError, cannot, how_it_ended
 from portexec.lifetime.start import ENDED, GONE, IDLE, READY, RUNNING
 from portexec.parent.loop import first, sleep, spawn
 from portexec.procfs import is_ending
@@ -27,22 +27,22 @@ _SHORT_PAUSE = 0.001
 _FROM_READ_TO_REQUEST = 0.1  # seconds in which a server makes a request of what it has read
 
 
-async def replace(old: Start, begin: Callable[[], Start], reporter: Reporter) -> tuple[Start, str]:
+async def replace(old: Start, begin: Callable[[], Start], reporter: Reporter) -> tuple[Start, PortexecError | None]:
     """Begin a new start, and return the one that counts from now on: the new one when it is ready, else the old one.
 
-    With it comes a text of what went wrong, empty where nothing did.
+    With it comes what went wrong, None where nothing did.
     `begin` raises OSError when resources run out. The old start counts until the new one is ready. An idle start has read
     nothing yet, and is kept. One that is about to run may have read what has changed since, and is replaced when it runs.
     """
     if old.course.state == IDLE:
-        return old, ""
+        return old, None
     await first(old.reaches(ENDED), old.reaches(RUNNING))
     if old.has_reached(ENDED):
-        return old, ""
+        return old, None
     try:
         new = begin()
     except OSError as error:
-        return old, f"cannot begin a new start, the old one goes on: {reason(error)}"
+        return old, cannot("begin a new start, the old one goes on", error)
     await first(new.reaches(ENDED), new.reaches(READY))
     if new.has_reached(READY):
         reporter.detail("the new start is ready, the old one is told to end")
@@ -50,10 +50,10 @@ async def replace(old: Start, begin: Callable[[], Start], reporter: Reporter) ->
             await _hand_over(new.succession)
             spawn(_end_of(old, new.succession))
         old.drain()
-        return new, ""
+        return new, None
     if new.succession is not None:
         new.succession.close()
-    return old, f"the new start was not ready ({_why(new)}), {_what_now(old)}"
+    return old, PortexecError(f"the new start was not ready ({_why(new)}), {_what_now(old)}")
 
 
 async def _hand_over(succession: Succession) -> None:

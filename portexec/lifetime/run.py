@@ -15,7 +15,7 @@ from __future__ import annotations
 import _signal
 import time
 
-from portexec.errors import PortexecError, reason
+from portexec.errors import PortexecError, cannot
 from portexec.lifetime.server import REPLACE, RESTART, Server
 from portexec.lifetime.start import ENDED, GONE, PREPARING, RUNNING, Start
 from portexec.parent import child, signals, tree
@@ -141,7 +141,7 @@ class Run:
             plan = self.launch.plan_shell(self.lifetime.then, self.server.listeners)
             self.tests = self._make_start(plan)
         except OSError as error:
-            self.stopping.decide(Outcome.failed(PortexecError(f"cannot start the tests: {reason(error)}")))
+            self.stopping.decide(Outcome.failed(cannot("start the tests", error)))
             return
         self.tests.begin()
         await self.tests.reaches(ENDED)

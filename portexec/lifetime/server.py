@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 from portexec.command.plan import GUARD
-from portexec.errors import CloseOnError, NotReady, PortexecError, how_it_ended, reason
+from portexec.errors import CloseOnError, NotReady, PortexecError, cannot, how_it_ended
 from portexec.lifetime.backoff import Backoff, is_wanted
 from portexec.lifetime.readiness import Readiness
 from portexec.lifetime.replacement import replace
@@ -98,7 +98,7 @@ class Server:
                 self._take(REPLACE)
                 self.current, problem = await replace(self.current, self._begin_beside, self.reporter)
                 await self._unless_stopped()
-                if problem:
+                if problem is not None:
                     self.reporter.error(problem)
                 error = None
             if error is not None or self._is_over:
@@ -200,7 +200,7 @@ class Server:
                 self.launch.bound.make_unix_listeners_anew()
             old, self.current = self.current, self.make_start(self.launch.plan)
         except OSError as error:
-            return PortexecError(f"cannot start the command again: {reason(error)}")
+            return cannot("start the command again", error)
         except PortexecError as error:
             return error
         self.launch.bound.undo.leave_to(self.current.shim)
@@ -220,7 +220,7 @@ class Server:
         try:
             self.launch.bound.listen_again()
         except OSError as error:
-            raise PortexecError(f"cannot listen again: {reason(error)}") from error
+            raise cannot("listen again", error) from error
 
     # One start.
 

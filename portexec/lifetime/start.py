@@ -12,7 +12,7 @@ from __future__ import annotations
 import _signal
 import time
 
-from portexec.errors import PortexecError, how_it_ended
+from portexec.errors import PortexecError, cannot, how_it_ended
 from portexec.parent import link as links
 from portexec.parent import protocol, signals
 from portexec.parent.child import failure_of
@@ -266,9 +266,10 @@ class Start:
         """The shim has nothing more to do, could not prepare the start, or was killed."""
         if self.has_reached(GONE):
             return  # the end of the link, after the last word
-        if kind in (protocol.REFUSED, protocol.EXHAUSTED):
+        if kind in (protocol.REFUSED, protocol.UNABLE):
             self.is_orphaned = True  # the shim has ended by itself, perhaps amid its work: its tree is ours
-            failure = PortexecError(f"cannot {'look after' if self.command_pid else 'start'} the command: {fields[0]}")
+            why = links.error_of(fields) if kind == protocol.UNABLE else OSError(0, fields[0])
+            failure = cannot(f"{'look after' if self.command_pid else 'start'} the command", why)
             self._has_ended(End(0, by_itself=True, failure=failure))
         elif kind == links.ENDED and not (self.end and self.end.is_left):
             self.is_orphaned = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from portexec import project
-from portexec.errors import STATUS_FAILURE, Abandoned, PortexecError, reason
+from portexec.errors import STATUS_FAILURE, Abandoned, PortexecError, cannot
 from portexec.kernel import STDERR
 from portexec.names import registry, wait
 from portexec.names.registry import STOPPING, Claim, Entry, NameTaken
@@ -54,7 +54,7 @@ def _open_standard_streams() -> None:
         while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR:
             os.set_inheritable(fd, True)
     except OSError as error:
-        raise PortexecError(f"cannot go to the background: {os.devnull}: {reason(error)}") from error
+        raise cannot(f"go to the background: {os.devnull}", error) from error
     os.close(fd)
 
 

@@ -23,7 +23,7 @@ from portexec import errors, kernel
 from portexec.command import activation, execute
 from portexec.command.undo import Undo
 from portexec.control import LET_GO
-from portexec.errors import STATUS_FAILURE, PortexecError, UsageError, how_it_ended, reason
+from portexec.errors import STATUS_FAILURE, PortexecError, UsageError, cannot, how_it_ended
 from portexec.kernel import ENDING_SIGNALS, STDERR, STDIN, STDOUT
 from portexec.lifetime.log import Log
 from portexec.names import registry
@@ -59,7 +59,7 @@ def fork(request: Request, claim: Claim) -> Waiting | None:
         ours, theirs = _socket.socketpair()
         pid = os.fork()
     except OSError as error:
-        raise PortexecError(f"cannot go to the background: {reason(error)}") from error
+        raise cannot("go to the background", error) from error
     if pid:
         theirs.close()
         claim.let_go()

@@ -21,7 +21,7 @@ from portexec.binding.guard import IP_FREEBIND
 from portexec.command import execute
 from portexec.command.plan import Plan
 from portexec.errors import STATUS_FAILURE, PortexecError, RefusedError, of_status, reason, shortage
-from portexec.parent.link import Link, pair
+from portexec.parent.link import Link, error_of, fields_in, fields_of, pair
 from portexec.parent.loop import first, readable
 from portexec.parent.signals import Inbox, send
 from portexec.procfs import credentials
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 NOTIFY_FD = b"n"  # with the descriptor
 REFUSED = b"r"  # errno and reason: the filter cannot be installed
 REHEARSED = b"h"  # nothing, or the reason why the rehearsal failed
-EXHAUSTED = b"x"  # reason: there were not enough descriptors, or not enough memory, before the command
+UNABLE = b"x"  # errno and reason: what is needed before the command cannot be had, as when descriptors run out
 FAILED = b"f"  # status, message and hint: the command cannot be executed
 
 # What the parent says.
@@ -122,8 +122,8 @@ async def _answer_rehearsal(child: Child, admission: Admission, *, is_remapped: 
     await first(readable(child.link), admission.answer())
     admission.close_gates()
     kind, fields = child.link.receive()
-    if kind == EXHAUSTED:
-        raise OSError(0, fields[0])
+    if kind == UNABLE:
+        raise error_of(fields)
     if kind != REHEARSED or fields[0]:
         os.close(os.dup(child.link.fileno()))  # raises OSError where we had no descriptor left to answer with
         raise RefusedError(f"the rehearsal failed: {fields[0] or 'the child ended'}")
@@ -148,15 +148,15 @@ def was_told_by_kernel(pid: int) -> bool:
 async def _receive_notify_fd(link: Link) -> int:
     await readable(link)
     message, ancillary, _, _ = link.socket.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
-    if message[:1] == NOTIFY_FD and ancillary:
+    if message[:1] == NOTIFY_FD:
+        if not ancillary:  # the kernel leaves out what we have no descriptor for; unix(7)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return int.from_bytes(ancillary[0][2][:4], sys.byteorder)
-    if message[:1] == EXHAUSTED:
-        raise OSError(0, message[1:].decode())
-    code, _, why = message[1:].decode().partition("\0")
-    raise RefusedError(_why_refused(int(code or 0), why or "the child ended"))
+    refusal = error_of(fields_in(message)) if len(message) > 1 else OSError(0, "the child ended")
+    raise refusal if message[:1] == UNABLE else RefusedError(_why_refused(refusal))
 
 
-def _why_refused(code: int, why: str) -> str:
+def _why_refused(refusal: OSError) -> str:
     meanings = {
         errno.EBUSY: "another supervisor has the notifications already: a portexec around this one, or a sandbox",
         errno.EINVAL: "this kernel, or the sandbox around it, has no seccomp notifications",
@@ -164,7 +164,7 @@ def _why_refused(code: int, why: str) -> str:
         errno.EPERM: "seccomp is denied here, by a container's profile or a sandbox",
         errno.EACCES: "seccomp is denied here, by a container's profile or a sandbox",
     }
-    return f"{meanings.get(code, 'the filter cannot be installed')} ({why})"
+    return f"{meanings.get(refusal.errno or 0, 'the filter cannot be installed')} ({reason(refusal)})"
 
 
 # The child's side.
@@ -189,7 +189,11 @@ def _live(
                 inbox.restore()
                 _execute(link, plan)
     except (OSError, MemoryError) as error:
-        link.say(EXHAUSTED, reason(error))
+        link.say(UNABLE, *fields_of(error))
+    except Exception as error:
+        from portexec.say import say_bug
+
+        link.say(UNABLE, 0, say_bug(error))
     finally:
         os._exit(STATUS_FAILURE)
 
@@ -198,7 +202,7 @@ def _install(link: Link) -> bool:
     try:
         notify_fd = seccomp.install()
     except (OSError, MemoryError) as error:
-        link.say(REFUSED, getattr(error, "errno", errno.ENOMEM), reason(error))
+        link.say(UNABLE if shortage(error) is not None else REFUSED, *fields_of(error))
         return False
     link.socket.sendmsg([NOTIFY_FD], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, notify_fd.to_bytes(4, sys.byteorder))])
     os.close(notify_fd)

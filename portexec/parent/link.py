@@ -10,6 +10,7 @@ import _socket
 import os
 
 from portexec.command import execute
+from portexec.errors import reason
 
 _MAX_MESSAGE = 1 << 16
 _SEPARATOR = "\0"
@@ -72,7 +73,22 @@ class Link:
             return self._receive(flags)  # the other process has ended without reading all; what it said can still be read
         if not message:
             self.close()
-        return message[:1], os.fsdecode(message[1:]).split(_SEPARATOR)
+        return message[:1], fields_in(message)
+
+
+def fields_in(message: bytes) -> list[str]:
+    """The fields of a message."""
+    return os.fsdecode(message[1:]).split(_SEPARATOR)
+
+
+def fields_of(error: OSError | MemoryError) -> tuple[int, str]:
+    """The fields by which an error is told: errno and reason. `error_of` makes it again."""
+    return getattr(error, "errno", None) or 0, reason(error)
+
+
+def error_of(fields: list[str]) -> OSError:
+    """The error that another process has told."""
+    return OSError(int(fields[0]), fields[1])
 
 
 def pair(lowest: int) -> tuple[Link, Link]:

@@ -1,7 +1,7 @@
 """The job that portexec gives a shim, and what the two say to each other over their `link`, in which order.
 
     portexec says                the shim answers
-    PREPARE                      PREPARED, REFUSED or EXHAUSTED
+    PREPARE                      PREPARED, REFUSED or UNABLE
     GO, also right behind it     STARTED or FAILED; then, any number of times, LISTENING, ADVISED, SIGNALLED
     SIGNAL, DRAIN, STOP, KILL    nothing at once
                                  ENDED, when the command has ended, and GONE, when nothing of it is left
@@ -34,7 +34,7 @@ QUIT = b"q"  # end; nothing runs, and what the run has made is to be undone
 # What the shim says.
 PREPARED = b"d"  # why binds have to be gated, or empty: the child waits for the word to go
 REFUSED = b"r"  # why: this machine does not let us admit binds
-EXHAUSTED = b"x"  # why: no child could be started
+UNABLE = b"x"  # errno and reason: no child could be started, or the shim cannot go on, and has ended
 STARTED = b"b"  # the command's pid
 FAILED = b"f"  # status, message, hint: the command cannot be executed
 LISTENING = b"i"  # port and address

@@ -13,7 +13,6 @@ from __future__ import annotations
 import _signal
 import gc
 import os
-import sys
 
 from portexec import kernel
 from portexec.command.undo import Undo
@@ -22,7 +21,7 @@ from portexec.kernel import STDERR
 from portexec.parent import link as links
 from portexec.parent import loop, protocol
 from portexec.parent.child import Child, admit, fork_child
-from portexec.parent.link import Link
+from portexec.parent.link import Link, error_of, fields_of
 from portexec.parent.loop import Event
 from portexec.parent.naming import name_shim
 from portexec.parent.signals import send
@@ -86,7 +85,7 @@ class Shim:
             if kind == protocol.REFUSED:
                 raise RefusedError(fields[0])
             if kind != protocol.PREPARED:
-                raise OSError(0, fields[0] or protocol.KILLED_EARLY)
+                raise error_of(fields) if kind == protocol.UNABLE else OSError(0, protocol.KILLED_EARLY)
             self.why_gated = fields[0]
         except BaseException:
             self.leave()
@@ -143,14 +142,16 @@ def _live(link: Link, job: Job, inbox: Inbox) -> NoReturn:
         os._exit(0)
     except (OSError, MemoryError) as error:
         spare.clear()
-        link.say(protocol.EXHAUSTED, reason(error))
-    except BaseException as error:
+        link.say(protocol.UNABLE, *fields_of(error))
+    except Exception as error:
         spare.clear()
         short = shortage(error)
         if short is None:
-            sys.excepthook(*sys.exc_info())
+            from portexec.say import say_bug
+
+            link.say(protocol.UNABLE, 0, say_bug(error))
         else:
-            link.say(protocol.EXHAUSTED, short.message)
+            link.say(protocol.UNABLE, 0, short.message)
     finally:
         os._exit(STATUS_FAILURE)
 
@@ -225,7 +226,7 @@ def _prepare(link: Link, job: Job, inbox: Inbox) -> Child | None:
         link.say(protocol.REFUSED, refusal)
         return None
     except (OSError, MemoryError) as error:
-        link.say(protocol.EXHAUSTED, reason(error))
+        link.say(protocol.UNABLE, *fields_of(error))
         return None
     os.chdir("/")  # the child has the command's directory; the shim must not keep it busy
     link.say(protocol.PREPARED, "" if child.admission is None else child.admission.why_gated)

@@ -13,7 +13,7 @@ import time
 from portexec import kernel
 from portexec.admission.diagnosis import Diagnosis
 from portexec.admission.elsewhere import inspected
-from portexec.errors import STATUS_FAILURE
+from portexec.errors import cannot
 from portexec.kernel import STDERR
 from portexec.parent import child as steps
 from portexec.parent import link as links
@@ -102,8 +102,9 @@ class Supervisor:
         for kind, fields in self.child.link.received():
             if kind == steps.FAILED:
                 self.link.say(protocol.FAILED, *fields)
-            elif kind == steps.EXHAUSTED:
-                self.link.say(protocol.FAILED, STATUS_FAILURE, f"cannot start the command: {fields[0]}", "")
+            elif kind == steps.UNABLE:
+                failure = cannot("start the command", links.error_of(fields))
+                self.link.say(protocol.FAILED, failure.status, failure.message, failure.hint)
             elif self.state == _STARTING:
                 self.link.say(protocol.STARTED, self.child.pid)
                 if self.job.leaves_daemons:
