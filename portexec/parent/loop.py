@@ -386,29 +386,36 @@ class _Loop:
 
     def close(self, tasks: Iterable[Task]) -> BaseException | None:
         """Close these tasks, all of them. Returns the first failure of a close."""
-        return next(filter(None, [self.close_one(task) for task in tasks]), None)
+        return _first([self.close_one(task) for task in tasks])
 
     def close_one(self, task: Task) -> BaseException | None:
         """Close a task, and before it those of the `first`, or of the part, that it waits for. Returns the first failure."""
         if task.is_over:
             return None
-        wait, failure = task.wait, None
-        if wait is not None:
-            self.end_wait(wait)
-            if wait.group is not None:
-                failure = self.close(wait.group.tasks)
-            elif wait.part is not None:
-                self.ending_parts.pop(wait.part, None)
-                failure = self.close(_latest(wait.part.tasks))
         task.is_over = True
         self.forget(task)
+        wait = task.wait
+        inner: Iterable[Task] = ()
+        if wait is not None and wait.group is not None:
+            inner = wait.group.tasks
+        elif wait is not None and wait.part is not None:
+            inner = _latest(wait.part.tasks)
+            self.ending_parts.pop(wait.part, None)
+        return _first(
+            [
+                _failure_of(lambda: None if wait is None else self.end_wait(wait)),
+                self.close(inner),
+                _failure_of(lambda: self.close_coroutine(task)),
+            ]
+        )
+
+    def close_coroutine(self, task: Task) -> None:
         try:
             self.within(task.part, task.coroutine.close)
-        except BaseException as error:
-            if "ignored GeneratorExit" in str(error):
-                error = RuntimeError(f"{task!r} awaits while it is closed; what is in its `finally` may not")
-            return failure or error
-        return failure
+        except RuntimeError as error:
+            if "ignored GeneratorExit" not in str(error):
+                raise
+            raise RuntimeError(f"{task!r} awaits while it is closed; what is in its `finally` may not") from error
 
     def wait_for_news(self) -> None:
         """One poll(2): wake those whose descriptor has news, and then those whose time has come."""
@@ -461,6 +468,18 @@ def _latest(tasks: dict[Task, None]) -> Iterator[Task]:
     """The latest task, as long as there is one."""
     while tasks:
         yield next(reversed(tasks))
+
+
+def _first(failures: Iterable[BaseException | None]) -> BaseException | None:
+    return next(filter(None, failures), None)
+
+
+def _failure_of(call: Callable[[], object]) -> BaseException | None:
+    try:
+        call()
+    except BaseException as error:
+        return error
+    return None
 
 
 def _number(file: int | HasFileno) -> int:
