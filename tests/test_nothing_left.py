@@ -267,6 +267,20 @@ def test_portexec_is_killed(make_run: MakeRun, temper: str, hand_off: str) -> No
 
 @HAND_OFFS
 @TEMPERS
+def test_portexec_is_killed_while_its_shims_are_stopped(make_run: MakeRun, temper: str, hand_off: str) -> None:
+    run = make_run(temper, hand_off)
+    with run.started() as process:
+        run.pid_of("tests")
+        shims = [run.shim_of(role) for role in ("server", "tests")]
+        for shim in shims:
+            os.kill(shim, signal.SIGSTOP)
+        assert wait_for(lambda: all(status_of(shim)["State"].startswith("T") for shim in shims))
+        process.kill()
+        assert wait_for(run.is_nothing_left)
+
+
+@HAND_OFFS
+@TEMPERS
 @pytest.mark.parametrize("role", ["server", "tests"])
 def test_a_shim_is_killed(make_run: MakeRun, temper: str, hand_off: str, role: str) -> None:
     run = make_run(temper, hand_off)

@@ -3,7 +3,7 @@
     portexec (policy: may be killed) -> shim (mechanism; subreaper) -> the command and all that it starts
 
 When portexec dies, however that happens, the link between them ends. Then the shim stops the tree and undoes what the run has
-made. When the shim dies, its orphans become portexec's. So nothing is left running unless both are killed at once.
+made. The kernel continues a shim that was stopped. When the shim dies, its orphans become portexec's. So nothing is left running unless both are killed at once.
 A daemon that outlives its command under plain `guard` keeps its shim. The shim answers the daemon's binds, and has closed all
 that it does not need for that.
 """
@@ -135,6 +135,7 @@ def _live(link: Link, job: Job, inbox: Inbox) -> NoReturn:
             os.setsid()
         name_shim(job.plan.argv)
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, _signal.SIGCONT)  # a shim that was stopped hears of portexec's end, too
         plan = job.plan
         _close_ours({link.fileno(), *job.guard_descriptors(), *plan.passed, *plan.kept, *plan.streams.values(), *job.kept})
         job.limit()
