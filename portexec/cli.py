@@ -109,7 +109,7 @@ def _launch(request: Request, claim: Claim | None = None) -> int:
     """Bind, and run the command. Ends as the command did, or becomes it; returns an exit status after a dry run."""
     chosen = request.chosen
     undo = Undo()
-    if chosen.dry_run or any("unix:" in text for text in chosen.listen):
+    if chosen.dry_run or any(spec.kind == "unix" for spec in request.specs):
         _undo_when_ended(undo)
     launch = None
     try:

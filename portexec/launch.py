@@ -134,13 +134,13 @@ def bind(request: Request, undo: Undo) -> tuple[Choice, Bound]:
         socket_mode=request.socket_mode,
         undo=undo,
     )
-    if request.lifetime.is_first_over_tls():
-        bound.listeners[0].scheme = HTTPS
     with CloseOnError(bound):
+        if request.lifetime.is_first_over_tls():
+            bound.listeners[0] = bound.listeners[0].changed(scheme=HTTPS)
         if request.host:
-            from portexec.binding import known_as
+            from portexec.binding.known_as import known_as
 
-            known_as.make_known(bound.listeners, request.host)
+            bound.listeners = known_as(bound.listeners, request.host)
     return choice, bound
 
 

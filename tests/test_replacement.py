@@ -299,14 +299,14 @@ def test_a_new_listener_gets_the_clients_from_one_moment_on() -> None:
         assert wait_for(lambda: (waiting(old), waiting(listener)) == (20, 20))
         number = old.socket.fileno() if old.socket else -1
         new.finish()
-        assert bound.listeners[0] is listener
-        assert listener.socket is not None
-        assert listener.socket.fileno() == number
-        assert [waiting(listener), *map(waiting_at, new.elders)] == [20, 20, 0]
+        assert bound.listeners[0].socket is not None
+        assert bound.listeners[0].socket.fileno() == number
+        assert new.own() == []
+        assert [waiting(bound.listeners[0]), *map(waiting_at, new.elders)] == [20, 20, 0]
         third = Succession(bound)
         stack.callback(third.close)
         stack.enter_context(connect(old.url))
-        assert wait_for(lambda: [waiting(listener), *map(waiting_at, new.elders)] == [21, 20, 0])
+        assert wait_for(lambda: [waiting(bound.listeners[0]), *map(waiting_at, new.elders)] == [21, 20, 0])
 
 
 def test_no_client_comes_to_a_new_listener_at_any_moment_of_its_beginning() -> None:

@@ -67,13 +67,11 @@ def _is_address(family: int, text: str) -> bool:
     return True
 
 
-def make_known(listeners: Sequence[Listener], host: str) -> None:
-    """Make the host known for every listener that clients can reach by it. Raises UsageError if there is none."""
-    reachable = [listener for listener in listeners if _is_reachable(listener, host)]
-    for listener in reachable:
-        listener.known_as = host
-    if not reachable:
+def known_as(listeners: Sequence[Listener], host: str) -> list[Listener]:
+    """The listeners, known by the host where clients can reach them by it. Raises UsageError if that is nowhere."""
+    if not any(_is_reachable(listener, host) for listener in listeners):
         raise _unreachable(listeners, host)
+    return [listener.changed(known_as=host) if _is_reachable(listener, host) else listener for listener in listeners]
 
 
 def _is_reachable(listener: Listener, host: str) -> bool:

@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from types import ModuleType
+    from typing import Any
 
     Address = tuple[str, int] | tuple[str, int, int, int]
 
@@ -29,7 +30,7 @@ _NUMBER_TAKEN = (errno.EADDRINUSE, errno.EACCES)
 
 
 class Listener:
-    """A number, with the address and the name it goes by, and the socket that listens on it.
+    """A number, with the address and the name it goes by, and the socket that listens on it. It does not change.
 
     `kind` is "tcp", "udp" or "unix". `address` is where it listens, `*` for both families. `host` is what a client on this
     machine should use, in brackets if it is IPv6, and `known_as` what other machines should use, if `--host` said so. For unix
@@ -73,27 +74,13 @@ class Listener:
         is_hidden = bool(hosts) and not is_loopback(self.known_as) and all(map(is_loopback, hosts))
         known_as = "" if is_hidden else self.known_as
         if any(covers(host, self.host.strip("[]")) for host in hosts):
-            return self if known_as == self.known_as else self._copy(self.host, known_as, self.socket)
+            return self if known_as == self.known_as else self.changed(known_as=known_as)
         host = next((in_url(_CLIENT_HOST.get(host, host)) for host in hosts), self.host)
-        return self._copy(host, known_as, self.socket)
+        return self.changed(host=host, known_as=known_as)
 
-    def with_socket(self, socket: _socket.socket) -> Listener:
-        """The same listener with another socket."""
-        return self._copy(self.host, self.known_as, socket)
-
-    def _copy(self, host: str, known_as: str, socket: _socket.socket | None) -> Listener:
-        return Listener(
-            self.name,
-            self.kind,
-            address=self.address,
-            host=host,
-            known_as=known_as,
-            port=self.port,
-            path=self.path,
-            socket=socket,
-            named=self.named,
-            scheme=self.scheme,
-        )
+    def changed(self, **changes: Any) -> Listener:
+        """The same listener with other values of these attributes."""
+        return Listener(**{name: getattr(self, name) for name in self.__slots__} | changes)
 
     @property
     def told_host(self) -> str:
@@ -153,13 +140,10 @@ class Bound:
         """
         for listener in self.listeners:
             if listener.kind == "unix" and listener.socket is not None and _has_hung_up(listener.socket):
-                fd = listener.socket.detach()
-                os.close(fd)
-                listener.socket = _listen_unix(listener.path, self)
-                if listener.socket.fileno() != fd:
-                    os.dup2(listener.socket.fileno(), fd, inheritable=False)
-                    listener.socket.close()
-                    listener.socket = _socket.socket(AF_UNIX, SOCK_STREAM, 0, fd)
+                unbound = new_socket(AF_UNIX)
+                os.dup2(unbound.fileno(), listener.socket.fileno(), inheritable=False)  # which gives up the name
+                unbound.close()
+                _listen_unix(listener.socket, listener.path, self)
 
     def listen_again(self) -> None:
         """Let TCP listeners listen again that a server has shut down at its end, as some do (shutdown(2)). Raises OSError."""
@@ -225,7 +209,9 @@ def bind_all(
 def _bind(spec: ListenSpec, bound: Bound, *, is_listening: bool) -> Listener:
     backlog = bound.backlog if is_listening else None
     if spec.kind == "unix":
-        socket = _listen_unix(spec.address, bound)
+        socket = new_socket(AF_UNIX)
+        with CloseOnError(socket):
+            _listen_unix(socket, spec.address, bound)
         return Listener(spec.name, "unix", path=spec.address, socket=socket, named=spec.named)
     family, address = _resolve(spec)
     if spec.kind == "udp":
@@ -262,16 +248,13 @@ def _has_hung_up(socket: _socket.socket | None) -> bool:
     return bool(poll.poll(0))
 
 
-def _listen_unix(path: str, bound: Bound) -> _socket.socket:
+def _listen_unix(socket: _socket.socket, path: str, bound: Bound) -> None:
     from portexec.binding import unix
 
-    socket = new_socket(AF_UNIX)
     try:
-        with CloseOnError(socket):
-            unix.listen(socket, path, bound.backlog, bound.socket_mode, bound.undo)
+        unix.listen(socket, path, bound.backlog, bound.socket_mode, bound.undo)
     except OSError as error:
         raise _refusals().cannot_listen(f"unix:{path}", error) from error
-    return socket
 
 
 def _resolve(spec: ListenSpec) -> tuple[int, Callable[[int], Address]]:

@@ -49,7 +49,7 @@ class Succession:
         why = _why_not(listener)
         if not why:
             try:
-                return listener.with_socket(self._in_front_of(listener))
+                return listener.changed(socket=self._in_front_of(listener))
             except OSError as error:
                 why = reason(error)
         self.why_not[listener.name] = why
@@ -87,15 +87,13 @@ class Succession:
                 _bind_to_loopback(new.socket)
 
     def finish(self) -> None:
-        """Put the new listeners in the place of the old ones, under their descriptors. The old ones become elders."""
+        """Put the new sockets in the place of the old ones, under their descriptors. The old ones become elders."""
         for old, new in self.own():
-            assert old.socket is not None  # noqa: S101
             assert new.socket is not None  # noqa: S101
-            fresh, new.socket = new.socket, old.socket
-            os.dup2(fresh.fileno(), new.socket.fileno(), inheritable=False)
-            fresh.close()
+            os.dup2(new.socket.fileno(), _fileno(old), inheritable=False)
+            new.socket.close()
         self._bound.elders += self.elders
-        self._bound.listeners[:] = self.listeners
+        self.listeners = list(self._bound.listeners)
 
     def forget_elders(self) -> None:
         """Close them: their server has ended."""

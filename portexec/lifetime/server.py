@@ -297,7 +297,8 @@ class Server:
             start.stop()
 
     def _become_ready(self, start: Start, readiness: Readiness) -> None:
-        self.listeners = readiness.followed()
+        if start.succession is None:  # else our sockets are passed on, whose addresses stay
+            self.listeners = readiness.followed()
         start.become_ready()
         self.reporter.tell_ready(start.pid, self.listeners)
         if self.lifetime.is_asked_for_with(self.launch.choice.hand_off):

@@ -2,10 +2,10 @@
 
     portexec (policy: may be killed) -> shim (mechanism; subreaper) -> the command and all that it starts
 
-When portexec dies, however that happens, the link between them ends. Then the shim stops the tree and undoes what the run has
-made. The kernel continues a shim that was stopped. When the shim dies, its orphans become portexec's. So nothing is left running unless both are killed at once.
-A daemon that outlives its command under plain `guard` keeps its shim. The shim answers the daemon's binds, and has closed all
-that it does not need for that.
+When portexec dies, however that happens, the link between them ends, and the kernel continues a shim that was stopped. Then the
+shim stops the tree and undoes what the run has made. When the shim dies, its orphans become portexec's. So nothing is left
+running unless both are killed at once. A daemon that outlives its command under plain `guard` keeps its shim. The shim answers
+the daemon's binds, and has closed all that it does not need for that.
 """
 
 from __future__ import annotations
