@@ -19,7 +19,7 @@ try:
     from portexec import __version__, options
     from portexec.become import become
     from portexec.command.undo import Undo
-    from portexec.kernel import ENDING_SIGNALS, STDERR
+    from portexec.kernel import ENDING_SIGNALS, STDERR, die_by
     from portexec.launch import give_back, prepare
     from portexec.request import Request, require_companions
 except MemoryError:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failure = error
         failure.__traceback__ = failure.__cause__ = failure.__context__ = None
     except KeyboardInterrupt:
-        _die_by(_signal.SIGINT)
+        die_by(_signal.SIGINT)
     except Exception as error:
         spare.clear()
         if isinstance(error, MemoryError) and chosen.control_fd is None:
@@ -135,7 +135,7 @@ def _undo_when_ended(undo: Undo) -> None:
 
     def end(number: int, _: object) -> None:
         undo.run()
-        _die_by(number)
+        die_by(number)
 
     for number in ENDING_SIGNALS:
         if _signal.getsignal(number) != _signal.SIG_IGN:
@@ -149,10 +149,7 @@ def _end_as(wait_status: int) -> NoReturn:
     """
     if not os.WIFSIGNALED(wait_status):
         os._exit(os.WEXITSTATUS(wait_status))
-    from portexec import kernel
-
-    kernel.die_by(os.WTERMSIG(wait_status))
-    os._exit(128 + os.WTERMSIG(wait_status))
+    die_by(os.WTERMSIG(wait_status))
 
 
 def _show_plan(launch: Launch, undo: Undo, *, as_json: bool) -> int:
@@ -201,10 +198,3 @@ def _report_bug(error: Exception) -> int:
 
     say_bug(error)
     return STATUS_FAILURE
-
-
-def _die_by(number: int) -> NoReturn:
-    """End as the signal would have ended us, so that the shell that started us sees it."""
-    _signal.signal(number, _signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    os._exit(128 + number)

@@ -13,6 +13,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from typing import NoReturn
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 ENDING_SIGNALS = (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT, _signal.SIGTERM)  # by which people and programs end us
@@ -82,6 +83,16 @@ def pointer_to(data: bytes) -> tuple[object, int]:
     return pointer, int.from_bytes(pointer, sys.byteorder)
 
 
+def ephemeral_range() -> tuple[int, int] | None:
+    """The lowest and the highest number that the kernel chooses by itself, ip(7); None where it does not tell."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            lowest, highest = map(int, file.read().split())
+    except (OSError, ValueError):
+        return None
+    return lowest, highest
+
+
 def keep_only(keep: set[int]) -> None:
     """Close all other descriptors. The standard streams become /dev/null rather than free numbers. Raises OSError."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -107,17 +118,21 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def die_by(number: int) -> None:
-    """End by this signal, without a second core file. Returns where that is impossible, as for PID 1."""
-    import resource
+def die_by(number: int) -> NoReturn:
+    """End by this signal, without a second core file. Where that is impossible, as for PID 1, end with the status of shells."""
+    try:
+        import resource
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    except ImportError:
+        pass  # there is no descriptor to load it with
     try:
         _signal.signal(number, _signal.SIG_DFL)
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [number])
     except (OSError, ValueError):
         pass  # KILL, and the signals that the C library keeps for itself
     os.kill(os.getpid(), number)
+    os._exit(128 + number)
 
 
 def _call(name: str, *arguments: int | bytes) -> int:

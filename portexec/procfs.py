@@ -61,6 +61,26 @@ def content(path: str) -> bytes:
     return b"".join(pieces)
 
 
+def status(process: int | str, field: str) -> str:
+    """A field of /proc/PID/status, proc_pid_status(5); empty where this kernel has no such field. Raises OSError.
+
+    `process` is a process, a thread, or `self`.
+    """
+    _, _, rest = content(f"/proc/{process}/status").partition(f"\n{field}:".encode())
+    return rest.partition(b"\n")[0].decode().strip()
+
+
+def memory(thread: int, address: int, size: int) -> bytes:
+    """What is at this address in the memory of a process; less than `size` where there is no more. Raises OSError."""
+    fd = os.open(f"/proc/{thread}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, size, address)
+    except OverflowError:
+        return b""  # there is no such address
+    finally:
+        os.close(fd)
+
+
 def descendants(root: int) -> set[int]:
     """The pids of all living processes below `root`."""
     return Processes(root).below(root)
@@ -97,18 +117,17 @@ def is_stopped(pid: int) -> bool:
 def is_told_by_terminal(pid: int, number: int) -> bool:
     """Whether a process gets this signal when the terminal sends it to our process group, and does not ignore it."""
     try:
-        is_ignored = int(_status(pid)[b"SigIgn"], 16) >> (number - 1) & 1
+        is_ignored = int(status(pid, "SigIgn"), 16) >> (number - 1) & 1
         return os.getpgid(pid) == os.getpgrp() and not is_ignored
-    except (OSError, KeyError):
+    except (OSError, ValueError):
         return False
 
 
-def credentials(pid: int) -> list[bytes]:
+def credentials(pid: int) -> list[str]:
     """The users and groups of a process: real, effective, saved, of files. Empty where it cannot be seen."""
     try:
-        status = _status(pid)
-        return [status[b"Uid"], status[b"Gid"]]
-    except (OSError, KeyError):
+        return [status(pid, "Uid"), status(pid, "Gid")]
+    except OSError:
         return []
 
 
@@ -120,7 +139,7 @@ def children() -> set[int]:
 def is_ending(pid: int) -> bool:
     """Whether a process is about to end, or has ended, as far as the kernel lets us know."""
     try:
-        return all(_is_task_ending(f"/proc/{pid}/task/{task}") for task in os.listdir(f"/proc/{pid}/task"))
+        return all(_is_task_ending(f"{pid}/task/{task}") for task in os.listdir(f"/proc/{pid}/task"))
     except OSError:
         pass
     try:
@@ -162,12 +181,6 @@ def _stat(directory: str) -> list[bytes]:
     return content(f"{directory}/stat").rpartition(b")")[2].split()
 
 
-def _status(pid: int) -> dict[bytes, bytes]:
-    """The lines of /proc/PID/status by their names."""
-    lines = [line.partition(b":") for line in content(f"/proc/{pid}/status").splitlines()]
-    return {name: value.strip() for name, _, value in lines}
-
-
 def _listed_below(root: int) -> set[int] | None:
     """The pids below this process, from the kernel's lists of children; None without such lists, or if they keep changing.
 
@@ -202,9 +215,9 @@ def _listed_children(pid: int, *, is_root: bool = True) -> list[int]:
 
 
 def _is_task_ending(task: str) -> bool:
-    flags = int(_stat(task)[6])
-    _, is_told, rest = content(f"{task}/status").partition(b"\nSigPnd:")  # some imitations of Linux have no such line
-    return bool(flags & _PF_EXITING or (is_told and int(rest.split()[0], 16) & _KILLED))
+    flags = int(_stat(f"/proc/{task}")[6])
+    pending = status(task, "SigPnd")  # some imitations of Linux have no such field
+    return bool(flags & _PF_EXITING or (pending and int(pending, 16) & _KILLED))
 
 
 def _below(root: int, children: Mapping[int, Iterable[int]], spare: Set[int]) -> set[int]:

@@ -44,14 +44,14 @@ TABLE = """
 __init__: api.driver api.factories api.listen api.named api.serve errors
 __main__: cli
 admission.answer: admission.gates admission.own admission.seccomp admission.settle binding.guard binding.tables kernel
-    parent.loop
+    parent.loop procfs
 admission.diagnosis: admission.answer admission.elsewhere admission.rings parent.loop say
-admission.elsewhere:
+admission.elsewhere: kernel
 admission.gates: admission.seccomp binding.guard binding.tables procfs
 admission.own: admission.gates admission.seccomp binding.guard binding.tables
-admission.privileges:
+admission.privileges: procfs
 admission.rings:
-admission.seccomp: kernel
+admission.seccomp: kernel procfs
 admission.settle: binding.tables kernel parent.loop procfs
 api.driver: api.host api.output api.watchers control errors procfs
 api.factories: api.driver api.serve
@@ -69,9 +69,9 @@ become: admission.privileges binding.stable command.execute command.plan command
 binding.guard: binding.tables errors
 binding.known_as: binding.listeners errors
 binding.listeners: binding.guard binding.refusals binding.spec binding.unix command.undo errors
-binding.refusals: binding.guard binding.spec binding.tables errors
+binding.refusals: binding.guard binding.spec binding.tables errors kernel
 binding.spec: errors
-binding.stable: binding.spec binding.tables project
+binding.stable: binding.spec binding.tables kernel project
 binding.succession: binding.guard binding.listeners errors kernel
 binding.tables: errors
 binding.unix: command.undo errors kernel
@@ -81,7 +81,7 @@ cli: __init__ become check command.undo completion control errors explain forese
     names.verbs options request say start
 command.activation:
 command.environment: command.fifo command.malformed errors
-command.execute: command.activation command.plan errors
+command.execute: command.activation command.plan errors kernel
 command.fifo: errors say
 command.malformed:
 command.plan: binding.listeners binding.spec command.activation command.templates errors
@@ -93,8 +93,8 @@ control: errors plainjson
 errors:
 explain: binding.guard command.activation command.plan command.publish errors launch project request
 foresee: command.execute command.plan command.publish errors launch lifetime.log lifetime.notify request start writable
-host: binding.listeners command.plan command.undo control errors kernel launch options parent.family
-    parent.loop parent.naming parent.possible parent.signals parent.supervisor request say start surroundings
+host: binding.listeners command.plan command.undo control errors kernel launch options parent.family parent.loop
+    parent.naming parent.possible parent.signals parent.supervisor request say start surroundings
 kernel:
 launch: binding.known_as binding.listeners command.activation command.environment command.execute command.plan
     command.templates command.undo errors request
@@ -139,8 +139,8 @@ parent.loop:
 parent.naming: procfs
 parent.possible: errors kernel
 parent.protocol: binding.guard command.plan
-parent.shim: admission.answer command.undo errors kernel parent.child parent.link parent.loop parent.naming
-    parent.protocol parent.signals parent.supervisor say
+parent.shim: admission.answer command.undo errors kernel parent.child parent.link parent.loop parent.naming parent.protocol
+    parent.signals parent.supervisor say
 parent.signals: kernel
 parent.supervisor: admission.diagnosis admission.elsewhere errors kernel parent.child parent.link parent.loop parent.protocol
     parent.signals parent.tree parent.witness procfs

@@ -27,6 +27,7 @@ from portexec.admission.settle import Settling
 from portexec.binding import tables
 from portexec.binding.guard import IPPROTO_MPTCP, Flip, Guard, Traits, can_flip, host_of
 from portexec.parent.loop import first, readable
+from portexec.procfs import memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -398,13 +399,7 @@ def _as_int(value: int) -> int:
 
 def _read_memory(thread: int, address: int, length: int) -> bytes:
     """Read the memory of the caller. Raises OSError; EFAULT when fewer bytes can be read."""
-    fd = os.open(f"/proc/{thread}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = os.pread(fd, length, address)
-    except OverflowError:
-        data = b""
-    finally:
-        os.close(fd)
+    data = memory(thread, address, length)
     if len(data) < length:
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
     return data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from portexec import kernel
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -47,9 +49,5 @@ def ways_from(other: int, *, is_named: bool, can_remap: bool = True, listener: s
 
 def _is_ephemeral(port: int) -> bool:
     """Whether the system chose the number, and will choose another one the next time."""
-    try:
-        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-            lowest, highest = map(int, file.read().split())
-    except (OSError, ValueError):
-        return False
-    return lowest <= port <= highest
+    known = kernel.ephemeral_range()
+    return known is not None and known[0] <= port <= known[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import stat
 
+from portexec import procfs
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,19 +50,17 @@ def advice(words: Sequence[str]) -> str:
 
 def is_set() -> bool:
     """Whether no-new-privileges is set for this process."""
-    return _status("NoNewPrivs") == "1"
+    return _own_status("NoNewPrivs") == "1"
 
 
 def may_do_without() -> bool:
     """Whether the kernel lets this process install a filter without no-new-privileges."""
-    effective = _status("CapEff")
+    effective = _own_status("CapEff")
     return bool(int(effective, 16) & _CAP_SYS_ADMIN) if effective else os.geteuid() == 0
 
 
-def _status(field: str) -> str:
-    """A field of /proc/self/status, proc_pid_status(5); empty where it is not there."""
+def _own_status(field: str) -> str:
     try:
-        with open("/proc/self/status") as status:
-            return next((line.partition(":")[2].strip() for line in status if line.startswith(f"{field}:")), "")
+        return procfs.status("self", field)
     except OSError:
         return ""

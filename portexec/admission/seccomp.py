@@ -13,7 +13,7 @@ import os
 import sys
 from _struct import Struct  # what struct has it from
 
-from portexec import kernel
+from portexec import kernel, procfs
 
 SET_MODE_FILTER = 1
 FLAG_SPEC_ALLOW = 1 << 2  # Linux 4.17; before 5.16 a filter without it slows down every task that has the filter
@@ -309,8 +309,7 @@ def _other_table() -> OSError:
 
 
 def _process_of(thread: int) -> int:
-    with open(f"/proc/{thread}/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"Tgid:"):
-                return int(line.split()[1])
-    raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    process = procfs.status(thread, "Tgid")
+    if not process:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return int(process)

@@ -25,7 +25,7 @@ import time
 from portexec import kernel
 from portexec.binding import tables
 from portexec.parent.loop import Event, first, sleep, spawn
-from portexec.procfs import content
+from portexec.procfs import content, status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,7 +179,6 @@ def _look_at(thread: int) -> tuple[str, str]:
     """The call in which a thread sleeps, with its arguments, or `running`; and how often it has slept. Empty: not seen."""
     try:
         call = content(f"/proc/{thread}/syscall").decode()
-        _, _, rest = content(f"/proc/{thread}/status").partition(b"\nvoluntary_ctxt_switches:")
+        return call.strip(), status(thread, "voluntary_ctxt_switches")
     except OSError:
         return "", ""
-    return call.strip(), rest.split(b"\n", 1)[0].decode().strip()

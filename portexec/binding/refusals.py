@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from portexec import kernel
 from portexec.binding.guard import Guard
 from portexec.binding.spec import STABLE_WORD, ListenSpec, is_name
 from portexec.errors import ListenError, reason
@@ -81,8 +82,4 @@ def _is_one_left() -> bool:
 
 
 def _ephemeral_range() -> str:
-    try:
-        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-            return "-".join(file.read().split())
-    except OSError:
-        return "of this system"
+    return "-".join(map(str, kernel.ephemeral_range() or ())) or "of this system"

@@ -6,7 +6,7 @@ for it. Left out are 10080, which browsers refuse, and what /etc/services names.
 
 from __future__ import annotations
 
-from portexec import project
+from portexec import kernel, project
 from portexec.binding.spec import STABLE, ListenSpec
 
 TYPE_CHECKING = False
@@ -20,7 +20,6 @@ FEWEST = 1024  # numbers; where the ephemeral range leaves less, it is not respe
 HIGHEST = 32767
 
 _REFUSED_BY_BROWSERS = 10080  # fetch.spec.whatwg.org, port blocking; the others are lower
-_RANGE = "/proc/sys/net/ipv4/ip_local_port_range"
 _SERVICES = "/etc/services"
 
 
@@ -31,7 +30,7 @@ def settled(
     if not any(STABLE in spec.candidates for spec in specs):
         return list(specs)
     place = project.directory(given_project, environment)
-    highest, taken = highest_number(_read(_RANGE)), set(named_services(_read(_SERVICES)))
+    highest, taken = highest_number(kernel.ephemeral_range()), set(named_services(_read(_SERVICES)))
     return [
         spec.settled(candidates(project.digest(place, run, spec.name), highest, taken)) if STABLE in spec.candidates else spec
         for spec in specs
@@ -46,10 +45,9 @@ def candidates(digest: int, highest: int, taken: set[int]) -> tuple[int, ...]:
     return tuple(number for number, _ in zip(allowed, range(HOW_MANY), strict=False))
 
 
-def highest_number(ephemeral_range: str) -> int:
-    """The highest number that may be used, given the text of the kernel's range."""
-    first = ephemeral_range.split()[:1]
-    below = int(first[0]) - 1 if first and first[0].isdigit() else HIGHEST
+def highest_number(ephemeral_range: tuple[int, int] | None) -> int:
+    """The highest number that may be used, beside those that the kernel chooses by itself."""
+    below = HIGHEST if ephemeral_range is None else ephemeral_range[0] - 1
     return below if below - LOWEST + 1 >= FEWEST else HIGHEST
 
 

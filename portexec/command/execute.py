@@ -14,6 +14,7 @@ import os
 from portexec.command import activation
 from portexec.command.plan import Plan
 from portexec.errors import MORE_DESCRIPTORS, CannotExecute, CommandNotFound, PortexecError, reason
+from portexec.kernel import STDERR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_PATH = "/bin:/usr/bin"  # what execvp(3) takes when there is no PATH
 _OUT_OF_THE_WAY = 64  # scripts use descriptors up to 9 by number, shells save theirs from 10 on
-_STDERR = 2
 # Words that every shell knows and that are mostly no programs.
 _SHELL_WORDS = (
     ". : [[ { alias bg builtin cd command declare eval exec exit export fg for function hash if jobs let local popd pushd read "
@@ -92,8 +92,8 @@ def execute(plan: Plan) -> NoReturn:
     environment = dict(plan.environment)
     errors = -1
     try:
-        if plan.first_fd <= _STDERR:
-            errors = duplicate(_STDERR, _STDERR + 1, inheritable=False)
+        if plan.first_fd <= STDERR:
+            errors = duplicate(STDERR, STDERR + 1, inheritable=False)
         for number, fd in plan.streams.items():
             os.dup2(fd, number)
         moved = place(plan.passed, plan.first_fd, plan.kept)
@@ -107,7 +107,7 @@ def execute(plan: Plan) -> NoReturn:
         _exec(plan.file, plan.argv, environment)
     except OSError as error:
         if errors >= 0:
-            os.dup2(errors, _STDERR)
+            os.dup2(errors, STDERR)
         raise _refused(plan.file, error) from error
 
 
@@ -127,7 +127,7 @@ def place(passed: tuple[int, ...], first_fd: int, kept: tuple[int, ...]) -> dict
             _swap(source, target, end)
             number_of[at[target]], at[source] = source, at[target]
         elif source != target:
-            if target > _STDERR and _is_inheritable(target):
+            if target > STDERR and _is_inheritable(target):
                 moved[target] = duplicate(target, end, inheritable=True)
             os.dup2(source, target)
             os.close(source)

@@ -45,11 +45,11 @@ _ONE_REQUEST = 0.1  # seconds in which signals to end are one request: timeout(1
 class Outcome:
     """How a run ended: what to end with, as a wait status of waitpid(2), and an error to print, if there is one.
 
-    `is_told`: somebody told portexec to stop; `is_by_signal`: with a signal. `at` is the time of the decision, as
-    time.monotonic(). `blames_server`: the server has failed, or was not ready, so that people want to see what it wrote.
+    `is_told`: somebody told portexec to stop. `at` is the time of the decision, as time.monotonic(). `blames_server`: the
+    server has failed, or was not ready, so that people want to see what it wrote.
     """
 
-    __slots__ = ("at", "blames_server", "error", "is_by_signal", "is_told", "wait_status")
+    __slots__ = ("at", "blames_server", "error", "is_told", "wait_status")
 
     def __init__(
         self,
@@ -57,13 +57,11 @@ class Outcome:
         error: PortexecError | None = None,
         *,
         is_told: bool = False,
-        is_by_signal: bool = False,
         blames_server: bool = False,
     ) -> None:
         self.wait_status = wait_status
         self.error = error
         self.is_told = is_told
-        self.is_by_signal = is_by_signal
         self.blames_server = blames_server
         self.at = time.monotonic()
 
@@ -93,9 +91,9 @@ class Run:
         self.family = family
         self.orphaned: list[Start] = []  # starts whose shims have ended too early, and have left their trees to us
         self.stopping = _Stopping()
-        self.server = Server(launch, reporter, self._make_start, current, self.stopping.is_decided)
-        self.starts = [current]  # the starts whose shim is alive, the tests' too
+        self.starts = [current]  # the starts of which something is alive, the tests' too
         self.tests: Start | None = None
+        self.server = Server(launch, reporter, self._make_start, current, self._starts_of_server, self.stopping.is_decided)
 
     async def live(self, early: Iterable[signals.Received]) -> Outcome:
         """Live until the last process has gone. `early` are the signals that came when there was no shim yet."""
@@ -160,6 +158,9 @@ class Run:
         return self.lifetime.restart == NO and server.has_reached(RUNNING) and is_ending(server.pid)
 
     # What happens.
+
+    def _starts_of_server(self) -> list[Start]:
+        return [start for start in self.starts if start is not self.tests]
 
     def _make_start(self, plan: Plan) -> Start:
         return self._follow_start(Start(self.make_shim(plan)))
@@ -310,7 +311,7 @@ class Run:
             return
         if self.stopping.signal is None and not self.stopping.is_decided.is_set():
             self.stopping.signal = signal
-            self.stopping.decide(Outcome(signal.number, is_told=True, is_by_signal=True))
+            self.stopping.decide(Outcome(signal.number, is_told=True))
         elif self.lifetime.patience is None and self.server.current.is_running():
             self.server.current.forward(signal.number, signal.sender)
         elif not is_same_request:
@@ -375,7 +376,7 @@ class Run:
     def _outcome(self) -> Outcome:
         """How to end. Where a signal told us to, we end as the command did after that: 0 after a clean stop."""
         outcome, end = self.stopping.outcome, self.server.current.end
-        if outcome.is_by_signal and not self.lifetime.then and end is not None and end.at >= outcome.at:
+        if self.stopping.signal is not None and not self.lifetime.then and end is not None and end.at >= outcome.at:
             has_run = self.server.current.has_reached(RUNNING)
             return Outcome(end.wait_status, end.failure, is_told=True) if has_run else outcome
         return outcome

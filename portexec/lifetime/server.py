@@ -41,21 +41,28 @@ _REPLACEMENT_TIMEOUT = 60.0  # seconds for a new start beside an old one to beco
 class Server:
     """The starts of one server, of which `current` is the one that counts.
 
-    `make_start` makes another start by a plan, and the run follows it. It raises OSError when resources run out.
+    `make_start` makes another start by a plan, and the run follows it. It raises OSError when resources run out. `starts` are
+    those of which something is alive.
     `stopped` happens when it is decided that the run ends: no start follows then.
     `listeners` are those of the launch, at the addresses where the command was last seen to listen.
     """
 
     def __init__(
-        self, launch: Launch, reporter: Reporter, make_start: Callable[[Plan], Start], current: Start, stopped: Event
+        self,
+        launch: Launch,
+        reporter: Reporter,
+        make_start: Callable[[Plan], Start],
+        current: Start,
+        starts: Callable[[], list[Start]],
+        stopped: Event,
     ) -> None:
         self.launch = launch
         self.lifetime = launch.request.lifetime
         self.reporter = reporter
         self.make_start = make_start
         self.current = current
+        self.starts = starts
         self.stopped = stopped
-        self.starts: list[Start] = []  # the starts of which something is alive
         self.listeners = list(launch.bound.listeners)
         self.is_ready = Event()  # for the first time
         self.is_last = False  # a program that is about to stop it has asked for the end of the command
@@ -76,10 +83,10 @@ class Server:
 
     def start_of(self, pid: int) -> Start:
         """The start below whose shim the process is; the newest where that is not known."""
-        newest = self.starts[-1] if self.starts else self.current
-        if len(self.starts) < 2:
-            return newest
-        return next((each for each in self.starts if pid in descendants(root=each.shim.pid)), newest)
+        starts = self.starts() or [self.current]
+        if len(starts) < 2:
+            return starts[0]
+        return next((each for each in starts if pid in descendants(root=each.shim.pid)), starts[-1])
 
     async def run(self) -> PortexecError | None:
         """Live until no other start is to follow. Returns what went wrong; None if the command has just ended."""
@@ -226,7 +233,6 @@ class Server:
 
     def follow(self, start: Start) -> None:
         """Look after a start, beside the others, until nothing of it is left."""
-        self.starts.append(start)
         spawn(self._look_after(start))
         if self.launch.choice.hand_off == GUARD and self.reporter.has_announced:
             spawn(self._announce_again(start))
@@ -243,7 +249,6 @@ class Server:
         if await first(start.reaches(ENDED), start.reaches(RUNNING)) == 1 and self._ready.form != NONE:
             await self._make_ready(start)
         await start.reaches(GONE)
-        self.starts.remove(start)
         if start is not self.current and not self._is_over:
             try:
                 self.listen_again()
@@ -266,7 +271,7 @@ class Server:
             self.listeners if start.succession is None else start.succession.listeners,
             start,
             is_admitted=self.launch.choice.hand_off == GUARD,
-            is_shared=lambda: len(self.starts) > 1 and start.shares_listeners(),
+            is_shared=lambda: len(self.starts()) > 1 and start.shares_listeners(),
         )
 
     async def _make_ready(self, start: Start) -> None:

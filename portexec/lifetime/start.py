@@ -75,29 +75,32 @@ class Said:
 
 
 class Course:
-    """The states of a start: the one that it is in, and the time of each, as time.monotonic().
+    """The states that a start has reached, with the time of each, as time.monotonic().
 
     `news` are the states that it has reached, and that the run has not taken yet.
     """
 
-    __slots__ = ("_reached", "news", "since", "state")
+    __slots__ = ("_reached", "news", "since")
 
     def __init__(self) -> None:
-        self.state = IDLE
         self.since: dict[str, float] = {}
         self.news: list[str] = []
         self._reached = {state: Event() for state in _ORDER[1:]}
 
     def reach(self, state: str) -> None:
         """Note that the start has reached this state. It may be in a later one already, and stays in that."""
-        self.state = max(self.state, state, key=_ORDER.index)
         self.since[state] = time.monotonic()
         self.news.append(state)
         self._reached[state].set()
 
+    @property
+    def state(self) -> str:
+        """The one that it is in."""
+        return max(self.since, key=_ORDER.index, default=IDLE)
+
     def has_reached(self, state: str) -> bool:
         """Whether it is, or was, in this state."""
-        return self._reached[state].is_set()
+        return state in self.since
 
     async def reaches(self, state: str) -> None:
         """Return when it has reached this state."""

@@ -13,7 +13,7 @@ import sys
 from _struct import Struct  # what struct has it from
 
 from portexec.kernel import WAITS
-from portexec.procfs import content, is_ending
+from portexec.procfs import content, is_ending, memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,14 +71,14 @@ def _accepts(_: int, arguments: list[int], descriptors: set[int]) -> bool:
 
 
 def _polls(process: int, arguments: list[int], descriptors: set[int]) -> bool:
-    table = _memory(process, arguments[0], _POLLFD.size * min(arguments[1], _MANY))
+    table = memory(process, arguments[0], _POLLFD.size * min(arguments[1], _MANY))
     return any(fd in descriptors for fd, _, _ in _POLLFD.iter_unpack(table))
 
 
 def _selects(process: int, arguments: list[int], descriptors: set[int]) -> bool:
     count, readers = arguments[0], arguments[1]
     size = (min(count, _MANY) + 63) // 64 * 8
-    bits = int.from_bytes(_memory(process, readers, size), sys.byteorder) if readers else 0
+    bits = int.from_bytes(memory(process, readers, size), sys.byteorder) if readers else 0
     return any(fd < count and bits >> fd & 1 for fd in descriptors)
 
 
@@ -89,14 +89,6 @@ def _waits_by_epoll(process: int, arguments: list[int], descriptors: set[int]) -
 
 def _may_wait(*_: object) -> bool:
     return True
-
-
-def _memory(process: int, address: int, size: int) -> bytes:
-    fd = os.open(f"/proc/{process}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(fd, size, address)
-    finally:
-        os.close(fd)
 
 
 _LOOKS: dict[str, Callable[[int, list[int], set[int]], bool]] = {

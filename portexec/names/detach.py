@@ -146,7 +146,6 @@ class Waiting:
         if not self._ends_within(self._kill_after + AT_LAST):
             say(f"error: {self.name} does not end; its log is {self.log.path}")
         kernel.die_by(number)
-        os._exit(128 + number)
 
     def _ends_within(self, seconds: float) -> bool:
         """Wait until nothing of the run is left; whether that was so in time."""
@@ -238,7 +237,6 @@ class Waiting:
             return error.status
         if os.WIFSIGNALED(status):
             kernel.die_by(os.WTERMSIG(status))
-            return 128 + os.WTERMSIG(status)
         return os.WEXITSTATUS(status) or STATUS_FAILURE
 
     def _why(self) -> str:

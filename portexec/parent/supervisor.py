@@ -53,7 +53,7 @@ class Supervisor:
         self.inbox = inbox
         self.note = note
         self.front = os.getppid()
-        self.diagnosis = _Report(job, link)
+        self.diagnosis = _SharedDiagnosis(job, link)
         self.witness = Witness(lambda number: link.say(protocol.SIGNALLED, number))
         self.state = _STARTING
         self.told = _Request()
@@ -267,7 +267,7 @@ class _Request:
             self.alive, self.stopped = processes.below(os.getpid()), processes.stopped
 
 
-class _Report(Diagnosis):
+class _SharedDiagnosis(Diagnosis):
     """Says on stderr what `Diagnosis` does, and to portexec where the command listens."""
 
     def __init__(self, job: Job, link: Link) -> None:
