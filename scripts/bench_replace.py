@@ -46,7 +46,7 @@ SERVERS = {
     "uvicorn": UVICORN,
     "hypercorn": HYPERCORN,
     "node": NODE,
-    "node on [::]": NODE,  # where both generations share the listener
+    "node on [::]": NODE,  # where both starts share the listener
 }
 ON_ALL = ["-l", "*:0"]
 

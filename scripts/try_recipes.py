@@ -21,8 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.support import DEADLINE, wait_for  # noqa: E402  # of this checkout
 from tests.support.hosts import hosts  # noqa: E402
-from tests.support.recipes import Recipe, written  # noqa: E402
-from tests.test_readme import lines_of_the_readme  # noqa: E402
+from tests.support.recipes import Recipe, lines_of_the_readme, written  # noqa: E402
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

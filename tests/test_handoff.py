@@ -6,7 +6,7 @@ import pytest
 
 from portexec.binding.listeners import Listener
 from portexec.binding.spec import parse_listen
-from portexec.command import plan as handoff
+from portexec.command import plan
 from portexec.command.plan import FD, GUARD, HOLD, Choice
 from portexec.errors import PortexecError
 
@@ -35,7 +35,7 @@ SIGNS = [
 
 @pytest.mark.parametrize(("texts", "sign"), SIGNS)
 def test_auto_is_fd_when_the_command_names_the_descriptor(texts: list[str], sign: str) -> None:
-    choice = handoff.choose("auto", parse_listen(ONE), texts, 3)
+    choice = plan.choose("auto", parse_listen(ONE), texts, 3)
     assert described(choice) == (FD, f"the command names the descriptor ({sign})", True)
 
 
@@ -63,7 +63,7 @@ NO_SIGNS = [
 
 @pytest.mark.parametrize("texts", NO_SIGNS)
 def test_auto_is_not_fd_for_other_numbers_and_words(texts: list[str]) -> None:
-    choice = handoff.choose("auto", parse_listen(ONE), texts, 3)
+    choice = plan.choose("auto", parse_listen(ONE), texts, 3)
     assert described(choice) == (GUARD, "the command names no descriptor", False)
     assert not choice.is_final
 
@@ -84,7 +84,7 @@ def test_auto_is_not_fd_for_other_numbers_and_words(texts: list[str]) -> None:
     ],
 )
 def test_the_numbers_that_are_ours(count: int, first_fd: int, number: int, is_ours: bool) -> None:
-    choice = handoff.choose("auto", parse_listen(ONE * count), ["x", f"fd://{number}"], first_fd)
+    choice = plan.choose("auto", parse_listen(ONE * count), ["x", f"fd://{number}"], first_fd)
     assert (choice.hand_off == FD) is is_ours
 
 
@@ -107,7 +107,7 @@ CHOICES = [
 def test_choice(
     requested: str, specs: list[str], texts: list[str], fd_only: list[str], expected: tuple[str, str, bool]
 ) -> None:
-    assert described(handoff.choose(requested, parse_listen(specs), texts, 3, fd_only=fd_only)) == expected
+    assert described(plan.choose(requested, parse_listen(specs), texts, 3, fd_only=fd_only)) == expected
 
 
 LEAVE_ONE = "leave one of the two out"
@@ -116,11 +116,11 @@ LEAVE_OUT = "leave --hand-off out, or say --hand-off fd"
 
 @pytest.mark.parametrize("requested", ["fd", "guard", "hold"])
 def test_what_was_asked_for_is_final(requested: str) -> None:
-    assert handoff.choose(requested, parse_listen(ONE), ["true"], 3).is_final
+    assert plan.choose(requested, parse_listen(ONE), ["true"], 3).is_final
 
 
 def test_an_option_that_needs_the_guard_chooses_it() -> None:
-    choice = handoff.choose("auto", parse_listen(ONE), ["true"], 3, guard_only=["--remap"])
+    choice = plan.choose("auto", parse_listen(ONE), ["true"], 3, guard_only=["--remap"])
     assert described(choice) == (GUARD, "--remap was given", False)
     assert choice.is_final
 
@@ -149,7 +149,7 @@ def test_what_contradicts_itself(
     requested: str, specs: list[str], fd_only: list[str], guard_only: list[str], message: str, hint: str
 ) -> None:
     with pytest.raises(PortexecError) as caught:
-        handoff.choose(requested, parse_listen(specs), ["true"], 3, fd_only=fd_only, guard_only=guard_only)
+        plan.choose(requested, parse_listen(specs), ["true"], 3, fd_only=fd_only, guard_only=guard_only)
     assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
@@ -163,7 +163,7 @@ def test_what_contradicts_itself(
     ],
 )
 def test_remap(texts: list[str], remap: dict[int, str]) -> None:
-    assert handoff.parse_remap(texts, parse_listen(["api=0", "web=0"])) == remap
+    assert plan.parse_remap(texts, parse_listen(["api=0", "web=0"])) == remap
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_remap(texts: list[str], remap: dict[int, str]) -> None:
 )
 def test_remap_refused(texts: list[str], message: str, hint: str) -> None:
     with pytest.raises(PortexecError) as caught:
-        handoff.parse_remap(texts, parse_listen(["api=0", "web=0"]))
+        plan.parse_remap(texts, parse_listen(["api=0", "web=0"]))
     assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
@@ -210,7 +210,7 @@ INJECTED: list[tuple[list[Listener], dict[str, str]]] = [
 
 @pytest.mark.parametrize(("listeners", "variables"), INJECTED)
 def test_injected_variables(listeners: list[Listener], variables: dict[str, str]) -> None:
-    assert handoff.injected(listeners) == variables
+    assert plan.injected(listeners) == variables
 
 
 @pytest.mark.parametrize("first_fd", [None, 0, 3])
@@ -223,7 +223,7 @@ def test_template_values(first_fd: int | None) -> None:
     expected = dict(api)
     for name, fields in (("api", api), ("six", six), ("sock", sock)):
         expected |= {f"{name}.{field}": value for field, value in fields.items()}
-    assert handoff.template_values([tcp("api", 1), tcp("six", 2, host="[::1]"), SOCK], first_fd) == expected
+    assert plan.template_values([tcp("api", 1), tcp("six", 2, host="[::1]"), SOCK], first_fd) == expected
 
 
 @pytest.mark.parametrize(
@@ -245,4 +245,4 @@ def test_names_for_socket_activation(
     hand_off: str, named: bool, inherited: list[str], lowest_fd: int, names: list[str]
 ) -> None:
     choice = Choice(hand_off, "", named=named)
-    assert handoff.announced_names(choice, inherited, [tcp("api", 1), SOCK], lowest_fd) == names
+    assert plan.announced_names(choice, inherited, [tcp("api", 1), SOCK], lowest_fd) == names

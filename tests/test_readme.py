@@ -37,6 +37,7 @@ from portexec import options
 from tests.support import DEADLINE, ROOT, Running, get, kill_group, wait_for
 from tests.support.installed import APPS, PATH, install_portexec, need
 from tests.support.processes import session
+from tests.support.recipes import lines_of_the_readme
 
 pytestmark = [pytest.mark.once, pytest.mark.recipes]
 
@@ -367,11 +368,6 @@ def test_block(block: Block, folder: Path) -> None:
 # What each row of "Which line is mine" needs that runs here as it stands. The others are run by scripts/try_recipes.sh.
 LINES = {"FastAPI": "uvicorn fastapi", "Flask": "flask", "Django": "django", "Express": "npm node", "puma": "puma", "Go": "go"}
 ELSEWHERE = {"FastAPI's command", "Vite", "Next.js", "Rails", "Spring Boot", "Docker"}
-
-
-def lines_of_the_readme() -> dict[str, str]:
-    table = PAGES["README.md"].partition("| you run | your line |\n")[2].partition("\n\n")[0]
-    return dict(re.findall(r"^\| ([^|]+) \| `(.+)` \|$", table, re.MULTILINE))
 
 
 def test_every_line_of_the_readme_is_run_or_named() -> None:

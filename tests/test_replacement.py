@@ -64,14 +64,14 @@ class Site:
         return {int(line.split()[-1]) for line in lines if line.startswith("answered by ") and line.endswith("\n")}
 
     def answers(self) -> set[int]:
-        """The generation that answers a request of ours now."""
-        return self.generations({int(get(self.url).removeprefix("hello from "))})
+        """The start that answers a request of ours now."""
+        return self.starts({int(get(self.url).removeprefix("hello from "))})
 
-    def generations(self, pids: set[int]) -> set[int]:
+    def starts(self, pids: set[int]) -> set[int]:
         """The children of portexec to whose trees these processes belong, for as long as they are there."""
-        return {self._generation_of(pid) for pid in pids} - {0}
+        return {self._start_of(pid) for pid in pids} - {0}
 
-    def _generation_of(self, pid: int) -> int:
+    def _start_of(self, pid: int) -> int:
         while pid > 1:
             try:
                 parent = int(status_of(pid)["PPid"])
@@ -85,11 +85,11 @@ class Site:
     def replace(self) -> None:
         """HUP, and wait until a new process has answered and the old one is gone."""
         known = self.answered()
-        old = self.generations(known)
+        old = self.starts(known)
         assert len(old) == 1
         self.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: self.generations(self.answered() - known) - old)
-        wait_for(lambda: not self.generations(old))
+        wait_for(lambda: self.starts(self.answered() - known) - old)
+        wait_for(lambda: not self.starts(old))
 
     def summary(self) -> dict[str, Any]:
         """End the load; what became of its requests."""
@@ -142,10 +142,10 @@ def test_replacements_of_others_lose_no_request_either(words: list[str], tmp_pat
 def test_many_hups_at_once_are_no_harm(tmp_path: Path) -> None:
     """Those that come while one is being replaced may be one replacement together."""
     with loaded_site(tmp_path, *GUNICORN) as site:
-        old = site.generations(site.answered())
+        old = site.starts(site.answered())
         for _ in range(5):
             site.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: not site.generations(old))
+        wait_for(lambda: not site.starts(old))
         assert site.answers()
         assert site.summary()["failures"] == {}
 
@@ -153,14 +153,14 @@ def test_many_hups_at_once_are_no_harm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("words", "module"), [(GUNICORN, "wsgi.py"), (UVICORN, "asgi.py")], ids=["gunicorn", "uvicorn"])
 def test_a_new_one_that_fails_leaves_the_old_one_serving(words: list[str], module: str, tmp_path: Path) -> None:
     with loaded_site(tmp_path, *words) as site:
-        old = site.generations(site.answered())
+        old = site.starts(site.answered())
         (site.folder / module).write_text(BROKEN)
         for _ in range(2):  # it may be tried again
             site.process.send_signal(signal.SIGHUP)
             site.started.line(GOES_ON)
             assert site.answers() == old
         summary = site.summary()
-        assert site.generations(set(summary["pids"])) == old
+        assert site.starts(set(summary["pids"])) == old
     assert (summary["failures"], summary["refused"]) == ({}, 0)
 
 
@@ -186,7 +186,7 @@ def test_after_one_that_failed_the_next_one_takes_over(tmp_path: Path) -> None:
 def test_one_that_fails_leaves_no_connection_behind(tmp_path: Path) -> None:
     """A server that takes one connection at a time would wait for what portexec has to say on it.
 
-    The first generation accepts one connection, which makes it ready, and no more. The next one ends when one waits for it.
+    The first start accepts one connection, which makes it ready, and no more. The next one ends when one waits for it.
     """
     script = (
         "import os, select, signal, socket, sys\n"

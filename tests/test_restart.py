@@ -614,7 +614,7 @@ def test_a_new_one_that_is_not_ready_in_time_leaves_the_old_one(tmp_path: Path) 
 
 
 def test_a_hup_while_another_one_is_being_followed(tmp_path: Path) -> None:
-    """Whoever changed the files once more wants to see them used: one more generation follows."""
+    """Whoever changed the files once more wants to see them used: one more start follows."""
     with with_orders(tmp_path, "--restart", "on-failure", "--ready", "notify") as server:
         server.comes_up()
         order(server, tmp_path, 1, "notify READY=1")

@@ -194,7 +194,7 @@ def test_a_second_request_kills_at_once() -> None:
 def test_a_daemon_runs_on_and_can_still_bind(tmp_path: Path) -> None:
     go = tmp_path / "go"
     os.mkfifo(go)
-    done = run("-H", "guard", "--", *child("tree"), "daemon", str(go))  # returns: the answerer holds none of our pipes
+    done = run("-H", "guard", "--", *child("tree"), "daemon", str(go))  # returns: the shim holds none of our pipes
     assert done.returncode == 0
     daemon = int(done.stdout)
     try:

@@ -33,6 +33,12 @@ def sections(page: str) -> dict[str, str]:
     return {heading: text for heading, text in found if _BLOCK.search(text)}
 
 
+def lines_of_the_readme() -> dict[str, str]:
+    """The rows of "Which line is mine" in README: the line by what one runs."""
+    table = (ROOT / "README.md").read_text().partition("| you run | your line |\n")[2].partition("\n\n")[0]
+    return dict(re.findall(r"^\| ([^|]+) \| `(.+)` \|$", table, re.MULTILINE))
+
+
 class Recipe:
     """One section: its files are laid in a folder, its lines are run there. `left` are those not yet run."""
 
