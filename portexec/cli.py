@@ -88,10 +88,10 @@ def _run(chosen: options.Options) -> int:
 
 def _answer(chosen: options.Options) -> str:
     """The page that was asked for; empty where no page was."""
-    if chosen.usage:
-        return options.usage_text()
-    if chosen.help:
-        return options.help_text()
+    if chosen.usage or chosen.help:
+        from portexec import pages
+
+        return pages.usage_text() if chosen.usage else pages.help_text()
     if chosen.version:
         return f"portexec {__version__}\n"
     if chosen.check:

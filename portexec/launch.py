@@ -6,7 +6,7 @@ import os
 import sys
 
 from portexec.binding.listeners import Bound, Listener, bind_all
-from portexec.command import activation, environment, execute, templates
+from portexec.command import activation, environment, execute
 from portexec.command.plan import (
     FD,
     HOLD,
@@ -108,9 +108,11 @@ class Launch:
     def plan_shell(self, script: str, listeners: Sequence[Listener]) -> Plan:
         """A plan for the shell to run this script, with the templates and variables of these listeners, but no socket."""
         values = template_values(listeners, None)
+        from portexec.command import templates
+
         extra = {name: text for name, text in self.request.extra.items() if not templates.uses(text, "fd")}
         variables = _compose(self.request, self.from_files, self.variables, extra, values)
-        return Plan(SHELL, ["sh", "-c", templates.expand(script, values)], variables)
+        return Plan(SHELL, ["sh", "-c", _expand(script, values)], variables)
 
 
 def prepare(request: Request, undo: Undo) -> Launch:
@@ -185,16 +187,11 @@ def _plan(request: Request, choice: Choice, bound: Bound, others: Mapping[str, s
     variables = injected(bound.listeners)
     values = {**others, **template_values(bound.listeners, first_fd)}
     names = announced_names(choice, request.inherited, bound.listeners, request.lowest_fd)
-    from_files = environment.read_env_files(
-        request.chosen.env_file,
-        request.given | variables,
-        is_quiet=request.chosen.quiet,
-        driver=request.lifetime.control_fd,
-    )
+    from_files = _read_env_files(request, variables) if request.chosen.env_file else {}
     complete = _compose(request, from_files, variables | activation.variables(names), request.extra, values)
     passed = descriptors(request.inherited, bound.listeners)
     _require_room(request.lowest_fd + len(passed))
-    argv = [templates.expand(word, values) for word in request.command]
+    argv = [_expand(word, values) for word in request.command]
     plan = Plan(
         _find_command(request, argv[0], complete),
         argv,
@@ -226,6 +223,22 @@ def _quote_it(request: Request) -> str:
     return quoted and f"if the words before -- belong to --then, quote them: --then {quoted}"
 
 
+def _expand(text: str, values: Mapping[str, str]) -> str:
+    """Replace the templates of a text. What that takes is imported only for a text that may have some."""
+    if "{" not in text:
+        return text
+    from portexec.command import templates
+
+    return templates.expand(text, values)
+
+
+def _read_env_files(request: Request, variables: dict[str, str]) -> dict[str, str]:
+    from portexec.command import env_files
+
+    known = request.given | variables
+    return env_files.read(request.chosen.env_file, known, is_quiet=request.chosen.quiet, driver=request.lifetime.control_fd)
+
+
 def _compose(
     request: Request,
     from_files: Mapping[str, str],
@@ -234,7 +247,7 @@ def _compose(
     values: Mapping[str, str],
 ) -> dict[str, str]:
     """The whole environment of a command, with these variables and, in what the user set, these templates."""
-    expanded = {name: templates.expand(text, values) for name, text in extra.items()}
+    expanded = {name: _expand(text, values) for name, text in extra.items()}
     return environment.compose(request.given, from_files, variables, expanded, without=activation.VARIABLES)
 
 

@@ -12,7 +12,7 @@ import sys
 
 from portexec.binding.listeners import MAX_BACKLOG
 from portexec.binding.spec import DEFAULT, STABLE, ListenSpec, parse_listen
-from portexec.command import activation, environment, templates
+from portexec.command import activation, environment
 from portexec.command.plan import FD, GUARD, Choice, choose, parse_remap
 from portexec.errors import UnknownReady, UsageError
 
@@ -219,6 +219,8 @@ class Request:
 
     def names_port(self) -> bool:
         """Whether words or variables of the command have a number of ours, or take the place of one."""
+        from portexec.command import templates
+
         return bool(self.remap) or any(templates.uses(text, field) for text in self._texts() for field in templates.FIELDS)
 
     def _texts(self) -> list[str]:

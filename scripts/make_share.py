@@ -2,9 +2,9 @@
 
     python scripts/make_share.py [DIRECTORY]
 
-All of it comes from portexec/options.py and portexec/completion.py. The manual says of an option what docs/reference.md says,
-and has some sections of its own here. The files are committed, so that a wheel can be built without portexec; a test compares
-them with what this writes.
+All of it comes from portexec/options.py, portexec/pages.py and portexec/completion.py. The manual says of an option what
+docs/reference.md says, and has some sections of its own here. The files are committed, so that a wheel can be built without
+portexec; a test compares them with what this writes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from portexec import __version__, completion, options  # noqa: E402  # of this checkout
+from portexec import __version__, completion, options, pages  # noqa: E402  # of this checkout
 
 DESCRIPTION = """\
 portexec binds a free port and keeps it bound. Then it runs COMMAND, which gets the port by one of
@@ -64,14 +64,14 @@ def manual() -> str:
         section("synopsis", synopsis()),
         section("description", *paragraphs(DESCRIPTION)),
         section("options", *(line for title, group in options.GROUPS for line in option_group(title, group, said))),
-        section("listen specs", *paragraphs(options.SPECS)),
-        section("what the command sees", *paragraphs(options.SEEN)),
-        section("hand-offs", *paragraphs(options.HAND_OFF.partition(": ")[2])),
-        section("lifetime", *paragraphs(options.STAYING)),
-        section("exit status", *paragraphs(capitalized(options.EXIT_STATUS.partition(": ")[2]))),
+        section("listen specs", *paragraphs(pages.SPECS)),
+        section("what the command sees", *paragraphs(pages.SEEN)),
+        section("hand-offs", *paragraphs(pages.HAND_OFF.partition(": ")[2])),
+        section("lifetime", *paragraphs(pages.STAYING)),
+        section("exit status", *paragraphs(capitalized(pages.EXIT_STATUS.partition(": ")[2]))),
         section("environment", *(tagged(bold(name), escaped(text)) for name, text in ENVIRONMENT.items())),
         section("files", *(tagged(italic(name), escaped(text)) for name, text in FILES.items())),
-        section("examples", *paragraphs(options.EXAMPLES)),
+        section("examples", *paragraphs(pages.EXAMPLES)),
         section("see also", escaped(SEE_ALSO)),
     ]
     return "\n".join(parts) + "\n"

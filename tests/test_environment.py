@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from portexec.command import env_files
 from portexec.command import fifo as reading
-from portexec.command.environment import read_env_files
 from portexec.errors import PortexecError
 from tests import support
 
@@ -228,7 +228,7 @@ def test_malformed_line(tmp_path: Path) -> None:
 def test_what_is_said_of_a_malformed_line(text: str | bytes, line: int, said: tuple[str, str], tmp_path: Path) -> None:
     path = env_file(tmp_path, text)
     with pytest.raises(PortexecError) as caught:
-        read_env_files([path], {})
+        env_files.read([path], {})
     what, hint = said
     assert (caught.value.message, caught.value.hint) == (f"malformed line in env file {path}:{line}: {what}", hint)
 

@@ -78,9 +78,10 @@ binding.unix: command.undo errors kernel
 check: admission.privileges admission.seccomp binding.guard binding.listeners binding.spec command.plan errors kernel
     parent.child parent.loop parent.possible parent.signals plainjson
 cli: __init__ become check command.undo completion control errors explain foresee kernel launch names.begin names.registry
-    names.verbs options request say start
+    names.verbs options pages request say start
 command.activation:
-command.environment: command.fifo command.malformed errors
+command.env_files: command.fifo command.malformed errors
+command.environment:
 command.execute: command.activation command.plan errors kernel
 command.fifo: errors say
 command.malformed:
@@ -96,8 +97,8 @@ foresee: command.execute command.plan command.publish errors launch lifetime.log
 host: binding.listeners command.plan command.undo control errors kernel launch options parent.family parent.loop
     parent.naming parent.possible parent.signals parent.supervisor request say start surroundings
 kernel:
-launch: binding.known_as binding.listeners command.activation command.environment command.execute command.plan
-    command.templates command.undo errors request
+launch: binding.known_as binding.listeners command.activation command.env_files command.environment command.execute
+    command.plan command.templates command.undo errors request
 lifetime.backoff: request
 lifetime.events: binding.listeners command.publish errors kernel launch lifetime.program names.registry parent.loop plainjson
     say
@@ -131,6 +132,7 @@ names.verbs: errors names.listing names.logs names.missing names.naming names.re
     request say
 names.wait: errors names.missing names.registry say
 options: binding.spec command.plan errors
+pages: options
 parent.child: admission.answer admission.seccomp binding.guard command.execute command.plan errors kernel parent.link
     parent.loop parent.signals procfs say
 parent.family: parent.shim parent.signals
@@ -224,8 +226,8 @@ def test_only_the_async_face_of_the_api_imports_anyio(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_the_environment_imports_dotenv(path: Path) -> None:
-    assert "dotenv" not in {name.partition(".")[0] for name in imported_by(path)} or name_of(path) == "command.environment"
+def test_only_env_files_import_dotenv(path: Path) -> None:
+    assert "dotenv" not in {name.partition(".")[0] for name in imported_by(path)} or name_of(path) == "command.env_files"
 
 
 def modules_on_the_way(*words: str) -> set[str]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from portexec import options, request
+from portexec import options, pages, request
 from portexec.errors import PortexecError
 from portexec.request import Request
 from tests.support import run
@@ -142,8 +142,8 @@ def test_refused(words: list[str], message: str, hint: str) -> None:
 @pytest.mark.parametrize("option", ALL, ids=lambda option: str(option.long))
 def test_every_option_has_an_attribute_and_stands_in_the_help(option: options.Option) -> None:
     assert option.field in DEFAULTS
-    assert f"{option.long} {option.metavar}".rstrip() in options.help_text()
-    assert option.help in " ".join(options.help_text().split())
+    assert f"{option.long} {option.metavar}".rstrip() in pages.help_text()
+    assert option.help in " ".join(pages.help_text().split())
     for name in filter(None, (option.short, option.long)):
         parsed = vars(options.parse([name, "value"]))
         assert parsed[option.field] == (True if not option.has_value else ["value"] if option.repeatable else "value")
@@ -165,11 +165,11 @@ def test_help_fits_a_terminal(option: str) -> None:
 
 
 def test_the_short_help_has_less_than_forty_lines_of_the_long_one() -> None:
-    lines = options.usage_text().splitlines()
+    lines = pages.usage_text().splitlines()
     assert len(lines) < 40
-    assert set(lines) - set(options.help_text().splitlines()) == {"Options most used"}
+    assert set(lines) - set(pages.help_text().splitlines()) == {"Options most used"}
     for option in ("--name", "--detach", "--list", "--url", "--stop", "--logs", "--help"):
-        assert f" {option} " in options.usage_text()
+        assert f" {option} " in pages.usage_text()
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("7", 7), ("007", 7), ("10", 10)])

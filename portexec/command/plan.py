@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from portexec.binding.listeners import Listener
 from portexec.binding.spec import ListenSpec, variable_of
-from portexec.command import activation, templates
+from portexec.command import activation
 from portexec.errors import UnknownHandOff, UsageError
 
 TYPE_CHECKING = False
@@ -176,8 +176,11 @@ def parse_remap(texts: Iterable[str], specs: Sequence[ListenSpec]) -> dict[int, 
 def _descriptor_sign(texts: Iterable[str], numbers: Iterable[int]) -> str:
     """The first place where a command names one of these descriptors, or a `{fd}` template; empty if there is none."""
     texts = list(texts)
-    if any("{" in text and templates.uses(text, "fd") for text in texts):
-        return "{fd}"
+    if any("{" in text for text in texts):
+        from portexec.command import templates
+
+        if any(templates.uses(text, "fd") for text in texts):
+            return "{fd}"
     words = " ".join(texts)
     if "fd" not in words:
         return ""

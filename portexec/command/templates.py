@@ -21,8 +21,6 @@ def expand(text: str, values: Mapping[str, str]) -> str:
 
     Raises UsageError for a token that is known in form but has no value.
     """
-    if "{" not in text:
-        return text
     parts = []
     done = 0
     for start, end, token in _tokens(text):
