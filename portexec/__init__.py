@@ -12,26 +12,23 @@ if TYPE_CHECKING:
     from portexec.api.listen import GuardedSocket, listen
     from portexec.api.named import NamedServer, find, running
     from portexec.api.serve import AsyncServer, Server, Serving, ServingAll, serve, serve_all
-    from portexec.errors import (
+    from portexec.errors import CannotExecute, CommandNotFound, ListenError, PortexecError, UsageError
+    from portexec.server_errors import (
         AlreadyEntered,
-        CannotExecute,
         CommandNotAList,
-        CommandNotFound,
         Exited,
-        ListenError,
         NotReady,
         NotRunning,
-        PortexecError,
         StillRunning,
         UnknownHandOff,
         UnknownReady,
-        UsageError,
     )
 
 __version__ = "0.1.0"
 
 _HOMES = (
     "portexec.errors",
+    "portexec.server_errors",
     "portexec.api.listen",
     "portexec.api.serve",
     "portexec.api.named",

@@ -9,7 +9,6 @@ import os
 
 from portexec.command import execute
 from portexec.command.plan import GUARD, advice, exported, misplaced
-from portexec.kernel import STDERR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,7 +66,11 @@ def announce(launch: Launch, program: Program | None) -> None:
 
 def _announce_for_browsers(launch: Launch) -> None:
     """Tell a person at a terminal the addresses that have the name of the run."""
-    if launch.request.name and os.isatty(STDERR):
+    if not launch.request.name:
+        return
+    from portexec.kernel import STDERR
+
+    if os.isatty(STDERR):
         from portexec.command.publish import described
         from portexec.names.naming import for_browsers
         from portexec.say import say

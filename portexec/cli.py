@@ -10,6 +10,7 @@ import sys
 # leave a Python that crashes later, or never ends. So we ask for all of it at once, and fail early. No page of it is used.
 _NEEDED = 16 << 20
 _OUT_OF_MEMORY = b"portexec: error: out of memory\n"  # made now, since to make it later may take memory that is not there
+_STDERR = 2  # here, too, since there may be no memory to import kernel.py with
 
 try:
     from portexec.errors import STATUS_FAILURE, PortexecError, UsageError, reason, shortage, spare
@@ -19,17 +20,16 @@ try:
     from portexec import __version__, options
     from portexec.become import become
     from portexec.command.undo import Undo
-    from portexec.kernel import ENDING_SIGNALS, STDERR, die_by
     from portexec.launch import give_back, prepare
     from portexec.request import Request, require_companions
 except MemoryError:
-    os.write(2, _OUT_OF_MEMORY)
+    os.write(_STDERR, _OUT_OF_MEMORY)
     os._exit(125)
 except (OSError, ImportError) as error:
     # There is no descriptor to load it all, or no memory for the dynamic loader.
     if isinstance(error, ImportError) and not (error.path or "").endswith(".so"):
         raise
-    os.write(2, f"portexec: error: cannot be loaded: {error}\n".encode())
+    os.write(_STDERR, f"portexec: error: cannot be loaded: {error}\n".encode())
     raise SystemExit(125) from None
 except KeyboardInterrupt:  # Ctrl-C, before `main` could catch it
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failure = error
         failure.__traceback__ = failure.__cause__ = failure.__context__ = None
     except KeyboardInterrupt:
+        from portexec.kernel import die_by
+
         die_by(_signal.SIGINT)
     except Exception as error:
         spare.clear()
@@ -132,6 +134,7 @@ def _undo_when_ended(undo: Undo) -> None:
 
     These handlers serve until portexec as a parent reads signals in its own way, or until exec, which resets them.
     """
+    from portexec.kernel import ENDING_SIGNALS, die_by
 
     def end(number: int, _: object) -> None:
         undo.run()
@@ -149,6 +152,8 @@ def _end_as(wait_status: int) -> NoReturn:
     """
     if not os.WIFSIGNALED(wait_status):
         os._exit(os.WEXITSTATUS(wait_status))
+    from portexec.kernel import die_by
+
     die_by(os.WTERMSIG(wait_status))
 
 
@@ -172,7 +177,7 @@ def _report(error: PortexecError, control_fd: str | None) -> None:
     try:
         _tell(error, control_fd)
     except (OSError, MemoryError) as why:  # there is not enough left for the whole message
-        os.write(STDERR, os.fsencode(f"portexec: error: {reason(why)}\n"))
+        os.write(_STDERR, os.fsencode(f"portexec: error: {reason(why)}\n"))
 
 
 def _tell(error: PortexecError, control_fd: str | None) -> None:
@@ -189,7 +194,7 @@ def _tell(error: PortexecError, control_fd: str | None) -> None:
 
 
 def _end_without_memory() -> NoReturn:
-    os.write(STDERR, _OUT_OF_MEMORY)
+    os.write(_STDERR, _OUT_OF_MEMORY)
     os._exit(STATUS_FAILURE)
 
 

@@ -2,19 +2,22 @@
 
     PortexecError                   an expected failure; status 125 unless it is said below
         UsageError                  an option or argument makes no sense
-            UnknownHandOff
-            UnknownReady
-            CommandNotAList
+            UnknownHandOff       *
+            UnknownReady         *
+            CommandNotAList      *
         ListenError                 a listener, or its number, cannot be had
         CannotExecute      126
         CommandNotFound    127
-        NotReady           124
-        Exited                      the command ended by itself
-        NotRunning                  there is no server any more
-        StillRunning                a wait for its end took too long; a TimeoutError, too
-        AlreadyEntered
-        Abandoned                   inside portexec: the program that drives the run has gone before it began
+        NotReady           124   *
+        Exited                   *  the command ended by itself
+        NotRunning               *  there is no server any more
+        StillRunning       124   *  a wait for its end took too long; a TimeoutError, too
+        AlreadyEntered           *
+        Abandoned                *  inside portexec: the program that drives the run has gone before it began
     RefusedError                    inside portexec: this machine does not let us admit binds
+
+Those with a star are in server_errors.py. No command needs them on the way to exec, where making these classes would take a
+fiftieth of the time.
 
 The statuses are those of coreutils' `timeout` and `env`: 124 when the time ran out, 125 when the wrapper itself failed, 126
 when the command was found but cannot be executed, 127 when it was not found.
@@ -83,14 +86,6 @@ class UsageError(PortexecError):
         self.about = about
 
 
-class UnknownHandOff(UsageError):
-    """There is no hand-off of this name."""
-
-
-class UnknownReady(UsageError):
-    """There is no such form of readiness."""
-
-
 class ListenError(PortexecError):
     """A listener, or its number, cannot be had."""
 
@@ -105,42 +100,6 @@ class CommandNotFound(PortexecError):
     """There is no such command."""
 
     status = STATUS_NOT_FOUND
-
-
-class NotReady(PortexecError):
-    """The command was not ready in time."""
-
-    status = STATUS_TIMEOUT
-
-
-class Exited(PortexecError):
-    """The command ended by itself. `returncode` is its status, or minus the signal that killed it; None if unknown."""
-
-    def __init__(self, message: str, hint: str = "", *, output: str = "", returncode: int | None = None) -> None:
-        super().__init__(message, hint, output=output)
-        self.returncode = returncode
-
-
-class CommandNotAList(UsageError):
-    """The command was given as one text, and not as a list of its words."""
-
-
-class NotRunning(PortexecError):
-    """There is no such server: it was stopped, has ended, or was never started."""
-
-
-class StillRunning(PortexecError, TimeoutError):
-    """The server has not ended in the time that the caller wanted to wait."""
-
-    status = STATUS_TIMEOUT
-
-
-class AlreadyEntered(PortexecError):
-    """What `serve` returned was used in a `with` before."""
-
-
-class Abandoned(PortexecError):
-    """The program that drives the run has gone, or has asked for its end, before the run began."""
 
 
 class RefusedError(Exception):

@@ -6,7 +6,7 @@ import os
 import sys
 
 from portexec.binding.listeners import Bound, Listener, bind_all
-from portexec.command import activation, environment, execute
+from portexec.command import activation, execute
 from portexec.command.plan import (
     FD,
     HOLD,
@@ -246,9 +246,14 @@ def _compose(
     extra: Mapping[str, str],
     values: Mapping[str, str],
 ) -> dict[str, str]:
-    """The whole environment of a command, with these variables and, in what the user set, these templates."""
-    expanded = {name: _expand(text, values) for name, text in extra.items()}
-    return environment.compose(request.given, from_files, variables, expanded, without=activation.VARIABLES)
+    """The whole environment of a command. The later wins: env files, what we were given, our variables, what the user set.
+
+    In what the user set templates are replaced. What an activator has told us is stale, and is left out.
+    """
+    merged = {**from_files, **request.given}
+    for name in activation.VARIABLES:
+        merged.pop(name, None)
+    return {**merged, **variables, **{name: _expand(text, values) for name, text in extra.items()}}
 
 
 def _require_room(end: int) -> None:

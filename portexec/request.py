@@ -12,13 +12,13 @@ import sys
 
 from portexec.binding.listeners import MAX_BACKLOG
 from portexec.binding.spec import DEFAULT, STABLE, ListenSpec, parse_listen
-from portexec.command import activation, environment
+from portexec.command import activation
 from portexec.command.plan import FD, GUARD, Choice, choose, parse_remap
-from portexec.errors import UnknownReady, UsageError
+from portexec.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import MutableMapping, Sequence
 
     from portexec.options import Options
 
@@ -184,7 +184,7 @@ class Request:
         """`given` is an environment instead of this process's own. Raises UsageError."""
         self.chosen = chosen
         self.command = chosen.command
-        self.given = environment.given() if given is None else given
+        self.given = _own_environment() if given is None else given
         self.inherited = activation.inherited(self.given)
         self.name = _parse_name(chosen)
         self.specs = self._specs()
@@ -226,6 +226,32 @@ class Request:
     def _texts(self) -> list[str]:
         """All that may have templates."""
         return [*self.command, *self.extra.values()]
+
+
+def _own_environment() -> dict[str, str]:
+    """The environment that this process was started with.
+
+    In the C locale Python sets LC_CTYPE at its start (PEP 538), which the command must not see. The value before that is in
+    /proc/self/environ.
+    """
+    environment = {name: value for name, value in os.environ.items() if name}
+    if environment.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8"):
+        _restore(environment, "LC_CTYPE")
+    return environment
+
+
+def _restore(environment: MutableMapping[str, str], name: str) -> None:
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            entries = file.read().split(b"\0")
+    except OSError:
+        return
+    prefix = os.fsencode(name) + b"="
+    values = [entry[len(prefix) :] for entry in entries if entry.startswith(prefix)]
+    if values:
+        environment[name] = os.fsdecode(values[0])
+    else:
+        del environment[name]
 
 
 def number(text: str, option: str, lowest: int, highest: int) -> int:
@@ -319,6 +345,8 @@ def _parse_ready(text: str | None) -> Ready | None:
         return None
     form, colon, argument = text.partition(":")
     if form not in READY_FORMS or (colon and form not in (*WEB_FORMS, NOTIFY)):
+        from portexec.server_errors import UnknownReady
+
         hint = f"write http:{text}" if text.startswith("/") else _KNOWN_FORMS
         raise UnknownReady(f"{text!r} is no known form", hint, about="--ready")
     if not (text.isascii() and text.isprintable()) or " " in text:

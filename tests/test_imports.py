@@ -41,7 +41,7 @@ FORBIDDEN_ON_THE_EXEC_PATH = {
 
 # The modules that each module may import, and no others. `binding.guard` is portexec/binding/guard.py.
 TABLE = """
-__init__: api.driver api.factories api.listen api.named api.serve errors
+__init__: api.driver api.factories api.listen api.named api.serve errors server_errors
 __main__: cli
 admission.answer: admission.gates admission.own admission.seccomp admission.settle binding.guard binding.tables kernel
     parent.loop procfs
@@ -53,16 +53,16 @@ admission.privileges: procfs
 admission.rings:
 admission.seccomp: kernel procfs
 admission.settle: binding.tables kernel parent.loop procfs
-api.driver: api.host api.output api.watchers control errors procfs
+api.driver: api.host api.output api.watchers control errors procfs server_errors
 api.factories: api.driver api.serve
 api.host: control errors plainjson procfs
-api.known_servers: api.driver api.output binding.tables errors procfs
+api.known_servers: api.driver api.output binding.tables procfs server_errors
 api.listen: binding.listeners binding.spec binding.stable errors
-api.named: api.driver errors names.missing names.naming names.registry names.stop names.wait project
+api.named: api.driver errors names.missing names.naming names.registry names.stop names.wait project server_errors
 api.output:
 api.pytest_entry:
-api.pytest_plugin: api.driver api.factories api.known_servers api.serve api.watchers errors
-api.serve: api.driver api.output binding.spec errors
+api.pytest_plugin: api.driver api.factories api.known_servers api.serve api.watchers errors server_errors
+api.serve: api.driver api.output binding.spec errors server_errors
 api.watchers:
 become: admission.privileges binding.stable command.execute command.plan command.publish explain kernel launch
     lifetime.program names.naming say
@@ -81,11 +81,10 @@ cli: __init__ become check command.undo completion control errors explain forese
     names.verbs options pages request say start
 command.activation:
 command.env_files: command.fifo command.malformed errors
-command.environment:
 command.execute: command.activation command.plan errors kernel
-command.fifo: errors say
+command.fifo: say server_errors
 command.malformed:
-command.plan: binding.listeners binding.spec command.activation command.templates errors
+command.plan: binding.listeners binding.spec command.activation command.templates errors server_errors
 command.publish: binding.listeners command.undo errors kernel plainjson
 command.templates: binding.spec errors
 command.undo: errors
@@ -97,8 +96,8 @@ foresee: command.execute command.plan command.publish errors launch lifetime.log
 host: binding.listeners command.plan command.undo control errors kernel launch options parent.family parent.loop
     parent.naming parent.possible parent.signals parent.supervisor request say start surroundings
 kernel:
-launch: binding.known_as binding.listeners command.activation command.env_files command.environment command.execute
-    command.plan command.templates command.undo errors request
+launch: binding.known_as binding.listeners command.activation command.env_files command.execute command.plan
+    command.templates command.undo errors request
 lifetime.backoff: request
 lifetime.events: binding.listeners command.publish errors kernel launch lifetime.program names.registry parent.loop plainjson
     say
@@ -114,23 +113,24 @@ lifetime.run: command.plan control errors launch lifetime.events lifetime.notify
     lifetime.start parent.child parent.family parent.loop parent.protocol parent.shim parent.signals parent.tree procfs
     request
 lifetime.server: binding.succession command.plan errors launch lifetime.backoff lifetime.events lifetime.readiness
-    lifetime.replacement lifetime.start lifetime.unready parent.loop procfs request
+    lifetime.replacement lifetime.start lifetime.unready parent.loop procfs request server_errors
 lifetime.start: binding.succession errors parent.child parent.link parent.loop parent.protocol parent.shim parent.signals
     procfs
 lifetime.unready: admission.elsewhere binding.listeners binding.tables lifetime.get lifetime.readiness request say
 lifetime.waits: kernel procfs
 names.begin: errors foresee kernel names.detach names.listing names.registry names.wait parent.possible project request say
+    server_errors
 names.detach: binding.stable command.activation command.execute command.undo control errors kernel lifetime.log names.listing
     names.naming names.registry names.wait plainjson request say
 names.listing: errors kernel names.naming names.registry plainjson say
 names.logs: errors names.missing names.naming names.registry names.wait say
-names.missing: errors names.listing names.naming names.registry
+names.missing: names.listing names.naming names.registry server_errors
 names.naming: binding.spec errors
 names.registry: command.execute errors kernel names.naming plainjson procfs project writable
 names.stop: errors names.naming names.registry names.wait procfs say
 names.verbs: errors names.listing names.logs names.missing names.naming names.registry names.stop names.wait options project
     request say
-names.wait: errors names.missing names.registry say
+names.wait: errors names.missing names.registry say server_errors
 options: binding.spec command.plan errors
 pages: options
 parent.child: admission.answer admission.seccomp binding.guard command.execute command.plan errors kernel parent.link
@@ -142,7 +142,7 @@ parent.naming: procfs
 parent.possible: errors kernel
 parent.protocol: binding.guard command.plan
 parent.shim: admission.answer command.undo errors kernel parent.child parent.link parent.loop parent.naming parent.protocol
-    parent.signals parent.supervisor say
+    parent.signals parent.supervisor procfs say
 parent.signals: kernel
 parent.supervisor: admission.diagnosis admission.elsewhere errors kernel parent.child parent.link parent.loop parent.protocol
     parent.signals parent.tree parent.witness procfs
@@ -151,9 +151,10 @@ parent.witness: parent.loop parent.protocol
 plainjson:
 procfs:
 project: errors
-request: binding.known_as binding.listeners binding.spec binding.stable command.activation command.environment command.plan
-    command.templates control errors names.naming options
+request: binding.known_as binding.listeners binding.spec binding.stable command.activation command.plan command.templates
+    control errors names.naming options server_errors
 say: errors kernel
+server_errors: errors
 start: admission.privileges become command.execute command.plan command.publish errors kernel launch lifetime.events
     lifetime.log lifetime.notify lifetime.program lifetime.run lifetime.start names.registry parent.family parent.loop
     parent.naming parent.possible parent.protocol parent.shim parent.signals procfs request say

@@ -346,7 +346,7 @@ def test_the_plugin_may_be_loaded_late(inner: Inner, place: str, monkeypatch: py
         inner.write(line, place)
     done = inner.run(source if place == "conftest.py" else line + source)
     done.assert_outcomes(failed=1)
-    done.stdout.fnmatch_lines(["E *portexec.errors.Exited: the server ended by itself: exit status 3; *"])
+    done.stdout.fnmatch_lines(["E *portexec.server_errors.Exited: the server ended by itself: exit status 3; *"])
 
 
 # A server that died is the failure.
@@ -369,10 +369,10 @@ def test_a_death_is_the_failure_and_the_clients_error_its_cause(inner: Inner, pa
         [
             "*RemoteDisconnected: Remote end closed connection without response",
             "The above exception was the direct cause of the following exception:",
-            f"E *portexec.errors.Exited: the server ended by itself: {how}; it was http://*",
+            f"E *portexec.server_errors.Exited: the server ended by itself: {how}; it was http://*",
             "*portexec: http*, returncode *) call *",
             "serving *",
-            "FAILED test_it.py::test_it - portexec.errors.Exited:*",
+            "FAILED test_it.py::test_it - portexec.server_errors.Exited:*",
         ]
     )
 
@@ -466,7 +466,7 @@ def test_a_death_is_the_failure_wherever_it_shows(inner: Inner, source: str) -> 
     done = inner.run(source)
     outcomes = done.parseoutcomes()
     assert outcomes.get("failed", 0) + outcomes.get("errors", 0) + outcomes.get("error", 0) == 1
-    ended = "E *portexec.errors.Exited: the server ended by itself: *; it was http://*, returncode *)"
+    ended = "E *portexec.server_errors.Exited: the server ended by itself: *; it was http://*, returncode *)"
     done.stdout.fnmatch_lines([ended, "*Captured stdout of portexec: http*", "serving *"])
     assert sum("Exited: the server ended" in line and line.startswith("E ") for line in done.outlines) == 1
 
@@ -495,7 +495,7 @@ def test_a_death_that_another_failure_was_expected_for_is_not_hidden(inner: Inne
         """
     )
     done.assert_outcomes(failed=1)
-    done.stdout.fnmatch_lines(["FAILED test_it.py::test_it - portexec.errors.Exited: *"])
+    done.stdout.fnmatch_lines(["FAILED test_it.py::test_it - portexec.server_errors.Exited: *"])
 
 
 def test_a_death_at_the_very_end_is_told_every_time(inner: Inner) -> None:
@@ -627,7 +627,7 @@ def test_every_server_of_the_process_is_known(inner: Inner, source: str, monkeyp
     done = inner.run(START + dedent(source))
     outcomes = done.parseoutcomes()
     assert outcomes == {"failed": 1}
-    done.stdout.fnmatch_lines(["E *portexec.errors.Exited: the server ended by itself: exit status 3; *"])
+    done.stdout.fnmatch_lines(["E *portexec.server_errors.Exited: the server ended by itself: exit status 3; *"])
     done.stdout.fnmatch_lines(["*Captured stdout of portexec: http*", "serving *"])
     assert not [line for line in done.outlines if "portexec/api/" in line], "frames of ours"
 
@@ -654,7 +654,7 @@ def test_a_server_of_nobody_is_no_failure_of_a_good_test(inner: Inner) -> None:
         """
     )
     done.assert_outcomes(passed=4, failed=1)
-    done.stdout.fnmatch_lines(["E *portexec.errors.Exited: the server ended by itself: exit status 3; *"])
+    done.stdout.fnmatch_lines(["E *portexec.server_errors.Exited: the server ended by itself: exit status 3; *"])
 
 
 def test_a_fixture_of_the_same_name_in_another_file_is_another(inner: Inner) -> None:
@@ -735,7 +735,7 @@ def test_a_fixture_that_overrides_another_may_use_it(inner: Inner) -> None:
     )
     done = inner.run("")
     done.assert_outcomes(passed=2, failed=1)
-    done.stdout.fnmatch_lines(["E *portexec.errors.Exited: the server ended by itself: exit status 3; *"])
+    done.stdout.fnmatch_lines(["E *portexec.server_errors.Exited: the server ended by itself: exit status 3; *"])
 
 
 # Nobody is blamed who is not to blame.
@@ -809,8 +809,8 @@ def test_a_death_is_told_of_the_test_that_saw_it_and_of_those_that_fail_of_it(in
     done.assert_outcomes(passed=4, failed=2)
     done.stdout.fnmatch_lines(
         [
-            "FAILED test_it.py::test_kills - portexec.errors.Exited: *",
-            "FAILED test_it.py::test_after - portexec.errors.Exited: *",
+            "FAILED test_it.py::test_kills - portexec.server_errors.Exited: *",
+            "FAILED test_it.py::test_after - portexec.server_errors.Exited: *",
         ]
     )
     done.stdout.no_fnmatch_line("*Captured stdout of portexec*")  # it wrote nothing since these tests began

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, Protocol
 
-from portexec import control, errors
+from portexec import control, errors, server_errors
 from portexec.api import host, watchers
 from portexec.api.output import Output
-from portexec.errors import Exited, NotReady, NotRunning, PortexecError, StillRunning, UnknownReady, UsageError, reason
+from portexec.errors import PortexecError, UsageError, reason
 from portexec.procfs import is_ending
+from portexec.server_errors import Exited, NotReady, NotRunning, StillRunning, UnknownReady
 
 if TYPE_CHECKING:
     from portexec.api.host import Host
@@ -598,9 +599,8 @@ class Driver:
             hint += "; re.compile('...') waits for a line of the output"
         for option, argument in self.arguments_of.items():
             hint = hint.replace(option, argument)
-        error: PortexecError = getattr(errors, event["kind"])(
-            f"{about} {event['message']}" if about else event["message"], hint
-        )
+        kind = getattr(server_errors, event["kind"], None) or getattr(errors, event["kind"])
+        error: PortexecError = kind(f"{about} {event['message']}" if about else event["message"], hint)
         return error
 
     def _listener(self, told: dict[str, Any]) -> Listener:

@@ -267,6 +267,16 @@ class Host:
                 raise
 
     def _follow(self) -> None:
+        """Take all news as long as there are servers. A failure of our own ends them all, so that nobody waits for ever."""
+        try:
+            self._take_all()
+        except Exception:
+            import traceback
+
+            self.failure = traceback.format_exc()
+            self._end_all()
+
+    def _take_all(self) -> None:
         """Take output and events as long as there are servers. The answer to an order wakes us to read its output, too."""
         readers: dict[int, Driver] = {}
         poll = select.poll()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pytest
 
     from portexec.api.driver import Driver
-    from portexec.errors import Exited
+    from portexec.server_errors import Exited
 
     Owner = pytest.FixtureDef[Any] | pytest.Item | None
 

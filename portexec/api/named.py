@@ -6,10 +6,11 @@ import os
 
 from portexec import project
 from portexec.api.driver import Listener
-from portexec.errors import NotRunning, UsageError
+from portexec.errors import UsageError
 from portexec.names import naming, registry, stop, wait
 from portexec.names.missing import Missing
 from portexec.names.registry import Entry
+from portexec.server_errors import NotRunning
 
 
 class NamedServer:

@@ -28,7 +28,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from portexec.api.factories import AsyncServerFactory, ServerFactory
     from portexec.api.serve import AsyncServer, Server
-    from portexec.errors import Exited
+    from portexec.server_errors import Exited
 
 __tracebackhide__ = True  # our frames are hidden in the tracebacks of fixtures and tests
 

@@ -33,7 +33,8 @@ from portexec.api.driver import (
 )
 from portexec.api.output import Lines
 from portexec.binding.spec import is_name, parse_listen
-from portexec.errors import AlreadyEntered, CommandNotAList, Exited, NotRunning, UsageError, reason
+from portexec.errors import UsageError, reason
+from portexec.server_errors import AlreadyEntered, CommandNotAList, Exited, NotRunning
 
 __tracebackhide__ = True  # in pytest's tracebacks: what counts there is the line that called us
 

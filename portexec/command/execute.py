@@ -14,7 +14,6 @@ import os
 from portexec.command import activation
 from portexec.command.plan import Plan
 from portexec.errors import MORE_DESCRIPTORS, CannotExecute, CommandNotFound, PortexecError, reason
-from portexec.kernel import STDERR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,8 +91,10 @@ def execute(plan: Plan) -> NoReturn:
     environment = dict(plan.environment)
     errors = -1
     try:
-        if plan.first_fd <= STDERR:
-            errors = duplicate(STDERR, STDERR + 1, inheritable=False)
+        if plan.first_fd < activation.FIRST_FD:
+            from portexec.kernel import STDERR  # which few commands take
+
+            errors = duplicate(STDERR, activation.FIRST_FD, inheritable=False)
         for number, fd in plan.streams.items():
             os.dup2(fd, number)
         moved = place(plan.passed, plan.first_fd, plan.kept)
@@ -127,7 +128,7 @@ def place(passed: tuple[int, ...], first_fd: int, kept: tuple[int, ...]) -> dict
             _swap(source, target, end)
             number_of[at[target]], at[source] = source, at[target]
         elif source != target:
-            if target > STDERR and _is_inheritable(target):
+            if target >= activation.FIRST_FD and _is_inheritable(target):
                 moved[target] = duplicate(target, end, inheritable=True)
             os.dup2(source, target)
             os.close(source)

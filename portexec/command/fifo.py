@@ -10,8 +10,8 @@ import os
 import select
 import time
 
-from portexec.errors import Abandoned
 from portexec.say import moments, say
+from portexec.server_errors import Abandoned
 
 _AT_ONCE = 1 << 16
 

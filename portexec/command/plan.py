@@ -11,7 +11,7 @@ from __future__ import annotations
 from portexec.binding.listeners import Listener
 from portexec.binding.spec import ListenSpec, variable_of
 from portexec.command import activation
-from portexec.errors import UnknownHandOff, UsageError
+from portexec.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ def choose(
     Raises UsageError when the options contradict each other.
     """
     if requested not in HAND_OFFS:
+        from portexec.server_errors import UnknownHandOff
+
         raise UnknownHandOff(f"unknown hand-off {requested!r}", f"it is one of {', '.join(HAND_OFFS)}")
     sign = _descriptor_sign(texts, range(first_fd, first_fd + len(specs)))
     numberless = next((spec for spec in specs if spec.kind != "tcp"), None)

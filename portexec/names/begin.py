@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 from portexec import project
-from portexec.errors import STATUS_FAILURE, Abandoned, PortexecError, cannot
+from portexec.errors import STATUS_FAILURE, PortexecError, cannot
 from portexec.kernel import STDERR
 from portexec.names import registry, wait
 from portexec.names.registry import STOPPING, Claim, Entry, NameTaken
 from portexec.parent import possible
 from portexec.request import Request
 from portexec.say import print_out, say
+from portexec.server_errors import Abandoned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

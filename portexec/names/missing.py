@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from portexec.errors import NotRunning
 from portexec.names import registry
 from portexec.names.listing import state
 from portexec.names.naming import short
+from portexec.server_errors import NotRunning
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 
-from portexec.errors import NotReady, PortexecError, how_it_ended
+from portexec.errors import PortexecError, how_it_ended
 from portexec.names import registry
 from portexec.names.registry import STOPPING, Entry
 from portexec.say import moments, say
+from portexec.server_errors import NotReady
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
