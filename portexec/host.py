@@ -176,11 +176,8 @@ class Hosted:
             with self.surroundings:
                 short = PortexecError(say_bug(error))
         self.client.tell_error(short)
-        left = [] if self.parent is None else self.parent.shims
-        for shim in left:
-            shim.link.close()
-        for shim in left:
-            await shim.has_gone.wait()
+        if self.parent is not None:
+            await self.parent.give_up()
 
 
 class Host:
@@ -208,6 +205,7 @@ class Host:
         if program is not None:
             ends.append(self._ends(program))
         await first(*ends)
+        self.is_over.set()  # orders that are still to be read come to nothing
         for server in self.servers.values():
             server.client.take(control.Request(control.STOP))
         while self.servers:
@@ -335,8 +333,13 @@ def _close(descriptors: list[int]) -> None:
 
 def _tell_failure(fd: int, error: BaseException) -> None:
     """Tell the program the failure of the host, which ends all servers."""
-    import traceback
-
     short = shortage(error)
-    text = "".join(traceback.format_exception(error)) if short is None else short.message
-    control.tell(fd, "failed", text=text)
+    control.tell(fd, "failed", text=_described(error) if short is None else short.message)
+
+
+def _described(error: BaseException) -> str:
+    try:
+        import traceback
+    except (OSError, ImportError):  # there is no descriptor to load it with
+        return repr(error)
+    return "".join(traceback.format_exception(error))

@@ -281,7 +281,7 @@ def _read(word: str, by_name: dict[str, Option], script: str) -> list[tuple[Opti
         name, equals, value = word.partition("=")
         option = _known(name, by_name, likely)
         if equals and not option.has_value:
-            hint = f"write {name} {value}" if option.verb else f"write {name} alone"
+            hint = f"write {name} {value}" if option.metavar else f"write {name} alone"
             raise UsageError(f"option {name} takes no value", hint)
         return [(option, value if equals else None)]
     if f"-{word}" in by_name:

@@ -1,6 +1,6 @@
 """Every line of portexec's own, to stderr: written in one piece, and without characters that could control a terminal.
 
-Answers to questions (`--list`, `--help`) go to stdout.
+Answers to questions (`--list`, `--help`) go to stdout. Without memory, cli.py writes its last words itself.
 
 Text from elsewhere (names of processes and files, arguments) can have control characters. They are shown as `\\x1b` or `\\n`,
 so that a file name cannot control another user's terminal, or fake a second line.

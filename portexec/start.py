@@ -13,7 +13,7 @@ import os
 from portexec.become import announce, become, publish_files
 from portexec.command import execute
 from portexec.command.plan import GUARD, HOLD
-from portexec.errors import PortexecError, RefusedError, cannot
+from portexec.errors import PortexecError, RefusedError, cannot, spare
 from portexec.kernel import STDERR, STDIN, STDOUT
 
 TYPE_CHECKING = False
@@ -52,6 +52,10 @@ def start(launch: Launch, claim: Claim | None = None) -> int:
     except _MerelyHold as fallback:
         _take_back(family)
         become(fallback.launch)
+    except BaseException:
+        spare.clear()
+        loop.run(parent.give_up())
+        raise
     parent.tell_outcome(outcome)
     return outcome.wait_status
 
@@ -225,7 +229,7 @@ class Parent:
         kernel.keep_only({STDERR, self.family.inbox.fileno(), first.shim.link.fileno(), *guards})
 
     async def _first_start(self) -> Start:
-        """The first start, ready to execute the command; with `hold` where `guard` is not possible and was not asked for."""
+        """The first start, prepared or idle; with `hold` where `guard` is not possible and was not asked for."""
         try:
             return await self._prepared_start()
         except RefusedError as refusal:
@@ -269,9 +273,8 @@ class Parent:
         return first
 
     def _starts_at_once(self) -> bool:
-        """Whether the command may start before others are told, as in a host that has no file to write."""
-        chosen = self.launch.request.chosen
-        return self.family.is_shared and chosen.port_file is None and chosen.export is None
+        """Whether the command may start before others are told: in a host there is no file to write."""
+        return self.family.is_shared
 
     def _make_shim(self, plan: Plan) -> Shim:
         from portexec.parent.shim import Shim
@@ -348,6 +351,14 @@ class Parent:
         """Give the server these standard streams instead of ours."""
         plan = self.launch.plan
         self.launch = self.launch.chosen(self.launch.choice, plan.with_streams({**plan.streams, **streams}))
+
+    async def give_up(self) -> None:
+        """After a failure: have the shims stop what runs, and wait until they have. They do so when their links end."""
+        left = [shim for shim in self.shims if not shim.has_gone.is_set()]
+        for shim in left:
+            shim.link.close()
+        for shim in left:
+            await self.family.gone(shim)
 
     def close(self) -> None:
         """Close what else only the end of the process would close."""

@@ -8,11 +8,13 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import portexec
-from tests.support import DEADLINE, read_line, running
+from tests.support import DEADLINE, is_gone, read_line, running
+from tests.support.proc import children_of
 
 _BROKEN = """
 import sys
@@ -63,6 +65,55 @@ def test_a_bug_on_the_way_to_exec_is_said_with_its_traceback(hand_off: str) -> N
     result = run_broken(("become", "module.execute", "execute"), "-q", "-H", hand_off, "--", "true")
     assert result.returncode == portexec.PortexecError.status
     assert result.stderr.endswith(f"ZeroDivisionError: the bug of the test\n{BUG}")
+
+
+def test_a_portexec_that_cannot_go_on_leaves_nothing_behind() -> None:
+    """It has no descriptor left to ask the server with. It ends after what it has started."""
+    options = ["-q", "-H", "fd", "-k", "100ms", "--ready", "http"]
+    with running(*options, "--", "sh", "-c", "trap '' TERM; echo runs; sleep 1000") as started:
+        assert read_line(started.process) == "runs"
+        (shim,) = children_of(started.process.pid)
+        (command,) = children_of(shim)
+        hard = resource.prlimit(started.process.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(started.process.pid, resource.RLIMIT_NOFILE, (3, hard))
+        assert started.process.wait(DEADLINE) == portexec.PortexecError.status
+        assert is_gone(shim)
+        assert is_gone(command)
+        assert started.process.stderr is not None
+        assert started.process.stderr.read().endswith(HINT)
+
+
+_DISMISSAL = """
+import os, sys
+from portexec.command.plan import Plan
+from portexec.command.undo import Undo
+from portexec.parent.protocol import Job
+from portexec.parent.shim import Shim
+from portexec.parent.signals import Inbox
+
+job = Job(
+    Plan("/bin/true", ["true"], {}), kill_after=1.0, patience=None, guards={}, remap={}, leaves_daemons=False, kept={1},
+    names_port=False, advised=set(), quiet=True, verbose=False, tell_end=lambda: os.write(1, b"told"),
+)
+shim = Shim(job, Inbox())
+undo = Undo()
+undo.leave_to(shim)
+undo.record_file(sys.argv[1], b"8000")
+if sys.argv[2] == "prepared":
+    shim.ask_to_prepare()
+    shim.wait_until_prepared()
+shim.leave()
+shim.wait()
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "prepared"])
+def test_a_shim_that_is_to_leave_undoes_nothing(state: str, tmp_path: Path) -> None:
+    made = tmp_path / "port"
+    made.write_text("8000")
+    words = [sys.executable, "-c", _DISMISSAL, str(made), state]
+    assert subprocess.run(words, capture_output=True, timeout=DEADLINE, check=True).stdout == b""
+    assert made.read_text() == "8000"
 
 
 _SERVER = """

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -1117,7 +1117,14 @@ def test_a_part_ends_with_its_main_coroutine_and_closes_what_it_has_spawned(log:
     assert log == [("closed", True), ("goes on", True), ("closed", True), "over", ("outside", False)]
 
 
-@pytest.mark.parametrize("where", ["main", "spawned", "first", "after"])
+class Foreign:
+    """Something to await that is of another loop."""
+
+    def __await__(self) -> Generator[object, None, None]:
+        yield object()
+
+
+@pytest.mark.parametrize("where", ["main", "spawned", "first", "after", "foreign"])
 def test_a_failure_ends_the_part_and_no_other(where: str, log: list[object]) -> None:
     def fail() -> None:
         raise Boom
@@ -1133,6 +1140,8 @@ def test_a_failure_ends_the_part_and_no_other(where: str, log: list[object]) -> 
             await first(boom(), sleep(HOUR))
         elif where == "after":
             after(0, fail)
+        elif where == "foreign":
+            await Foreign()
         else:
             await boom()
         await sleep(HOUR)
@@ -1147,7 +1156,7 @@ def test_a_failure_ends_the_part_and_no_other(where: str, log: list[object]) -> 
     async def outer() -> None:
         go_on = Event()
         task = spawn(beside(go_on))
-        with pytest.raises(Boom):
+        with pytest.raises(AttributeError if where == "foreign" else Boom):
             await isolated(main(), Around("part", log))
         go_on.set()
         while not task.is_over:
@@ -1199,6 +1208,33 @@ def test_a_failure_of_a_close_ends_the_part_and_no_other(where: str, log: list[o
     run(outer())
     goes_on = where in {"spawned", "inner part"}  # the part ends anyhow, and closes those then
     assert log == ["goes on"] * goes_on + ["closed"] * 3 + ["outer"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_what_is_around_may_fail_at_any_step(step: int, log: list[object]) -> None:
+    class Failing(Around):
+        steps = 0
+
+        def __enter__(self) -> None:
+            self.steps += 1
+            if self.steps == step:
+                raise Boom
+
+    async def main() -> None:
+        try:
+            await sleep(0)
+            await sleep(0)
+        finally:
+            log.append("closed")
+
+    async def outer() -> None:
+        with pytest.raises(Boom):
+            await isolated(main(), Failing("part", log))
+        assert log == ["closed"] * (step > 1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as a coroutine that is never awaited would write
+        run(outer())
 
 
 @pytest.mark.parametrize("is_apart", [False, True])

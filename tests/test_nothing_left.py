@@ -265,6 +265,16 @@ def test_portexec_is_killed(make_run: MakeRun, temper: str, hand_off: str) -> No
         assert wait_for(run.is_nothing_left)
 
 
+def test_portexec_is_killed_around_a_plain_command_that_ignores_term(make_run: MakeRun) -> None:
+    """It would have all the time it takes if portexec were told to stop. Here nobody could tell portexec once more."""
+    run = make_run("ignoring", "guard")
+    words = [*("env", f"MARK={run.mark}", f"REPORT={run.report}"), *PORTEXEC, "-q", "-H", "guard", "-k", "100ms", "--"]
+    with run.cleaned_up(), subprocess.Popen([*words, *run.command("server", "")], start_new_session=True) as process:
+        run.pid_of("server")
+        process.kill()
+        assert wait_for(run.is_nothing_left)
+
+
 @HAND_OFFS
 @TEMPERS
 def test_portexec_is_killed_while_its_shims_are_stopped(make_run: MakeRun, temper: str, hand_off: str) -> None:

@@ -124,6 +124,19 @@ def test_the_end_counts_before_an_admitted_listen() -> None:
         assert list(told) == []
 
 
+@pytest.mark.parametrize("options", [["-H", "guard"], ["-H", "fd", "--restart", "on-failure"]], ids=" ".join)
+def test_a_request_to_stop_counts_with_the_end(options: list[str]) -> None:
+    """Both happen at once. So portexec ends as the sender of the signal expects."""
+    with stopping(FRONT, "-q", *options, "--", *child("obedient"), "exit 3") as process:
+        assert [read_line(process).split()[0] for _ in range(2)] == ["up", "exit"]
+        wait_until_told(process)
+        wait_for(lambda: is_stopped(process.pid))
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: is_pending(process.pid, signal.SIGTERM))
+        go_on(process.pid)
+        assert process.wait(DEADLINE) == -signal.SIGTERM
+
+
 def test_what_a_command_said_counts_before_what_follows_from_its_start() -> None:
     """Its start, and which its main process is. So that is the process that is told of."""
     server = [*child("obedient"), "notify MAINPID=4711", "exit 3"]

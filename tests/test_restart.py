@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from portexec import server_errors
 from portexec.parent.family import Family
 from portexec.parent.signals import Inbox
 from tests.support import (
@@ -661,8 +662,9 @@ def test_the_old_one_ends_before_the_new_one_is_ready(outcome: str, tmp_path: Pa
         assert not (tmp_path / ("4" if outcome == "failed" else "3")).exists()
 
 
-def test_the_listener_lives_on_when_the_old_one_shuts_it_down(tmp_path: Path) -> None:
-    """The new one may fail over it; then it is restarted, and serves."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_listener_lives_on_when_the_old_one_shuts_it_down(times: int, tmp_path: Path) -> None:
+    """The new one may fail over it; then it is restarted, and serves. Each worker of a server may shut it down."""
     with with_orders(tmp_path, "--restart", "always", "--ready", "notify") as server:
         url = server.started.url()
         server.comes_up()
@@ -670,12 +672,64 @@ def test_the_listener_lives_on_when_the_old_one_shuts_it_down(tmp_path: Path) ->
         server.started.line("^portexec: ready after ")
         server.process.send_signal(signal.SIGHUP)
         server.comes_up()
-        order(server, tmp_path, 1, "shutdown PORT")
+        order(server, tmp_path, 1, *["shutdown PORT"] * times)
         order(server, tmp_path, 2, "notify READY=1")
         server.started.line("old one is told to end")
         with wait_for(lambda: connect(url)) as client:
             order(server, tmp_path, 2, "take PORT 3", "accept PORT")
             assert client.recv(100) == b"accepted"
+
+
+def test_an_old_start_whose_shim_is_killed_is_ended_at_once(tmp_path: Path) -> None:
+    """Whatever it ignores: the run may go on for long."""
+    with with_orders(tmp_path, "--restart", "always", "--ready", "notify", "-k", "100ms") as server:
+        server.comes_up()
+        order(server, tmp_path, 1, "ignore SIGTERM", "notify READY=1")
+        server.started.line("^portexec: ready after ")
+        old = server.pid
+        server.process.send_signal(signal.SIGHUP)
+        server.comes_up()
+        order(server, tmp_path, 2, "notify READY=1")
+        server.started.line("old one is told to end")
+        os.kill(int(status_of(old)["PPid"]), signal.SIGKILL)
+        assert wait_for(lambda: is_gone(old))
+        order(server, tmp_path, 2, "notify STATUS=goes-on")
+
+
+def test_the_time_to_become_ready_runs_when_the_shim_is_stopped() -> None:
+    """Then portexec does not even hear that the command runs."""
+    options = ["-q", "-H", "fd", "-k", "100ms", "--ready", "accept", "--ready-timeout", "1s"]
+    done = run(*options, "--", "sh", "-c", "kill -STOP $PPID; sleep 1000")
+    assert done.returncode == server_errors.NotReady.status
+    assert "portexec: error: the command was not ready after 1 s" in done.stderr
+
+
+@pytest.mark.parametrize("who", ["old", "new", "both"])
+def test_a_unix_socket_that_two_starts_share_is_made_anew_when_one_shuts_it_down(who: str, tmp_path: Path) -> None:
+    """That cannot be undone. So the start that is left is restarted, on a new socket at the same path."""
+    listen = ["-l", f"unix:{tmp_path / 'socket'}"]
+    with with_orders(tmp_path, "--restart", "always", "--ready", "notify", "-k", "100ms", *listen) as server:
+        url = server.started.url()
+        server.comes_up()
+        order(server, tmp_path, 1, "take PORT 3", "notify READY=1")
+        server.started.line("^portexec: ready after ")
+        server.process.send_signal(signal.SIGHUP)
+        server.comes_up()
+        order(server, tmp_path, 2, "take PORT 3")
+        if who == "new":
+            order(server, tmp_path, 2, "shutdown PORT", "exit 3")
+        else:
+            order(server, tmp_path, 1, "shutdown PORT", *(["ignore SIGTERM"] if who == "both" else []))
+            order(server, tmp_path, 2, "notify READY=1")
+        if who == "both":  # the old one is told to end, and has not ended, when the new one ends
+            server.started.line("old one is told to end")
+            order(server, tmp_path, 2, "exit 3")
+        server.comes_up()
+        order(server, tmp_path, 3, "take PORT 3", "notify READY=1")
+        with wait_for(lambda: connect(url)) as client:
+            order(server, tmp_path, 3, "accept PORT")
+            assert client.recv(100) == b"accepted"
+        assert not (tmp_path / "4").exists()
 
 
 # --lazy

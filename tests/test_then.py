@@ -507,6 +507,14 @@ def test_told_to_stop_it_stops_both_and_dies_of_it(hand_off: str, number: signal
         assert is_gone(tests)
 
 
+def test_the_tests_end_the_run_although_the_main_process_has_ended() -> None:
+    """Some servers name a process that ends before they do. The tests' status is that of the run."""
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    server = [*child("obedient"), rf"notify MAINPID={gone.pid}\nREADY=1"]
+    assert run("-q", "-H", "fd", "--ready", "notify", "--then", "exit 3", "--", *server).returncode == 3
+
+
 @TOGETHER
 def test_told_to_stop_before_the_server_is_ready(hand_off: str, tmp_path: Path) -> None:
     gate = tmp_path / "gate"

@@ -8,7 +8,7 @@ import os
 import sys
 from _socket import AF_INET, AF_INET6, AF_UNIX, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET
 
-from portexec.binding.guard import Flip, Guard, has_ipv6, knows_flips, new_socket
+from portexec.binding.guard import Flip, Guard, has_ipv6, knows_flips, make_deaf, new_socket
 from portexec.binding.spec import ListenSpec
 from portexec.command.undo import Undo
 from portexec.errors import CloseOnError, reason
@@ -134,7 +134,7 @@ class Bound:
         return any(_has_hung_up(listener.socket) for listener in self.listeners if listener.kind == "unix")
 
     def make_unix_listeners_anew(self) -> None:
-        """Replace those that were shut down, under their descriptors, which no other process may have open.
+        """Replace those that were shut down, under their descriptors. No other process must have these open.
 
         Raises ListenError, OSError.
         """
@@ -155,11 +155,23 @@ class Bound:
     def _listen_again(self, port: int, socket: _socket.socket) -> None:
         guard = self.guards.get(port)
         if guard is None:
-            socket.listen(self.backlog)
+            self._revive(socket)
             return
         address = socket.getsockname()
         with Flip(guard, socket, address[0], lambda _: self.sockets_on(port, but=socket), self.elders_at(address)):
-            socket.listen(self.backlog)
+            self._revive(socket)
+
+    def _revive(self, socket: _socket.socket) -> None:
+        """Let a listener listen that was shut down, perhaps twice: then each connection that it accepts begins shut down, too.
+
+        Only the shutdown of a socket that listens clears that: tcp_disconnect() in the kernel's net/ipv4/tcp.c. So this one
+        listens for an instant before, deaf.
+        """
+        make_deaf(socket)
+        socket.listen(0)
+        socket.shutdown(_socket.SHUT_RDWR)
+        make_deaf(socket, is_deaf=False)
+        socket.listen(self.backlog)
 
     def elders_at(self, address: object) -> list[_socket.socket]:
         """The earlier listeners of this address."""

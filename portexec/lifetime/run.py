@@ -7,7 +7,7 @@ The same code serves plain `guard` and every option under Lifetime; only values 
 **The order of simultaneous events** is written in `Run._take`, which reads everything at once. What a command said counts
 before its end, its start before its end, and all of these before the signals that we are sent. Tasks decide what follows, and
 they run after that: the end of a start counts before its readiness (`Server._make_ready`), a request to stop before a restart
-(`Run.live`).
+(`Run.live`). So a request to stop that is found together with the end of the command decides how portexec ends.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Outcome:
 
 
 class Run:
-    """One run. Its first start is prepared, and was told to go unless the run is lazy."""
+    """One run. Its first start is prepared, and was told to go; that of a lazy run is idle."""
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class Run:
         self.reporter = reporter
         self.family = family
         self.orphaned: list[Start] = []  # starts whose shims have ended too early, and have left their trees to us
+        self._told: set[int] = set()  # what these have left, and has had its TERM
         self.stopping = _Stopping()
         self.starts = [current]  # the starts of which something is alive, the tests' too
         self.tests: Start | None = None
@@ -155,7 +156,7 @@ class Run:
     def _has_server_ended(self) -> bool:
         """Whether the server has ended, which ends the run. Its shim may not have told yet: the last test may have ended it."""
         server = self.server.current
-        return self.lifetime.restart == NO and server.has_reached(RUNNING) and is_ending(server.pid)
+        return self.lifetime.restart == NO and server.has_reached(RUNNING) and is_ending(server.command_pid)
 
     # What happens.
 
@@ -219,6 +220,8 @@ class Run:
             self._tell_if_orphaned(start)
             if start is not self.server.current:
                 start.dismiss()
+            if start.is_orphaned:
+                spawn(self._clear_away())  # the run may go on for long
             if start.end is not None and start.end.is_left:
                 self.family.others.add(start.shim.pid)  # it stays with its daemon
 
@@ -309,7 +312,7 @@ class Run:
         is_copy, is_same_request = self.stopping.hears(signal, within)
         if is_copy:
             return
-        if self.stopping.signal is None and not self.stopping.is_decided.is_set():
+        if not self.stopping.is_decided.is_set():
             self.stopping.signal = signal
             self.stopping.decide(Outcome(signal.number, is_told=True))
         elif self.lifetime.patience is None and self.server.current.is_running():
@@ -366,8 +369,8 @@ class Run:
         for start in self.orphaned:
             start.shim.leave()  # it ends anyway; only after its end the processes below it become ours
             await start.shim.has_gone.wait()
-        told = {pid for pid in (start.command_pid for start in self.orphaned) if child.was_told_by_kernel(pid)}
-        await tree.clear_away(self._spared, self.lifetime.kill_after, self.stopping.is_hurried, told)
+        self._told |= {pid for pid in (start.command_pid for start in self.orphaned) if child.was_told_by_kernel(pid)}
+        await tree.clear_away(self._spared, self.lifetime.kill_after, self.stopping.is_hurried, self._told)
 
     def _spared(self) -> set[int]:
         """Those of our children that are not to be stopped."""

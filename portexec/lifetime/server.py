@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 from portexec.command.plan import GUARD
-from portexec.errors import CloseOnError, NotReady, PortexecError, cannot, how_it_ended
+from portexec.errors import CloseOnError, PortexecError, cannot, how_it_ended
 from portexec.lifetime.backoff import Backoff, is_wanted
 from portexec.lifetime.readiness import Readiness
 from portexec.lifetime.replacement import replace
@@ -20,6 +20,7 @@ from portexec.lifetime.unready import Unready
 from portexec.parent.loop import Event, first, readable, sleep, spawn
 from portexec.procfs import descendants
 from portexec.request import NO, NONE
+from portexec.server_errors import NotReady
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from portexec.launch import Launch
     from portexec.lifetime.events import Reporter
 
-# What others may ask of a server.
+# What may be asked of a server.
 RESTART = "restart"
+REPAIR = "repair"  # a restart for which no program has asked
 REPLACE = "replace"
 GIVE_UP = "give up"
 
@@ -99,8 +101,9 @@ class Server:
                 backoff, error = await self._go_on(backoff)
             elif GIVE_UP in self._asked:
                 return self._asked[GIVE_UP]
-            elif self._take(RESTART):
-                error = await self._restart()
+            elif RESTART in self._asked or REPAIR in self._asked:
+                self._take(REPAIR)
+                error = await self._restart(is_asked_for=self._take(RESTART))
             else:
                 self._take(REPLACE)
                 self.current, problem = await replace(self.current, self._begin_beside, self.reporter)
@@ -145,6 +148,7 @@ class Server:
             await first(self.current.reaches(ENDED), self._is_asked(), sleep(backoff.delay))
             await self._unless_stopped()
             self._take(REPLACE)
+            self._take(REPAIR)
             self.current.is_asked_for = self._take(RESTART)
             self._begin_next()
         return backoff.after_delay(), error
@@ -169,7 +173,7 @@ class Server:
             self.reporter.note("the process that looked after the command was killed, so there is no restart")
         return self.current.is_orphaned
 
-    async def _restart(self) -> PortexecError | None:
+    async def _restart(self, *, is_asked_for: bool) -> PortexecError | None:
         """Stop the whole tree, and start the command again with all that is bound."""
         self.current.stop()
         await self.current.reaches(GONE)
@@ -178,7 +182,7 @@ class Server:
             return None if self.current.end is None else self.current.end.failure
         error = await self._make_next()
         if error is None:
-            self.current.is_asked_for = True
+            self.current.is_asked_for = is_asked_for
             self._begin_next()
         return error
 
@@ -202,8 +206,7 @@ class Server:
         try:
             self.listen_again()
             if self.launch.bound.is_unix_listener_dead():
-                self.current.dismiss()
-                await self.current.is_dismissed()  # its shim has a copy, which keeps the name
+                await self._end_all()  # they have copies, which keep the name
                 self.launch.bound.make_unix_listeners_anew()
             old, self.current = self.current, self.make_start(self.launch.plan)
         except OSError as error:
@@ -213,6 +216,17 @@ class Server:
         self.launch.bound.undo.leave_to(self.current.shim)
         old.dismiss()
         return None
+
+    async def _end_all(self) -> None:
+        """Wait until nothing is left of any start, nor its shim."""
+        starts = [*self.starts(), self.current]
+        for start in starts:
+            if not start.has_reached(GONE):
+                start.stop()
+        for start in starts:
+            await start.reaches(GONE)
+            start.dismiss()
+            await start.is_dismissed()
 
     def _begin_next(self) -> None:
         if self.lifetime.is_lazy:
@@ -246,14 +260,22 @@ class Server:
     async def _look_after(self, start: Start) -> None:
         if start.course.state == IDLE and await first(start.reaches(ENDED), self._hears_client()) == 1:
             start.begin()
-        if await first(start.reaches(ENDED), start.reaches(RUNNING)) == 1 and self._ready.form != NONE:
+        if self._ready.form != NONE:
             await self._make_ready(start)
         await start.reaches(GONE)
         if start is not self.current and not self._is_over:
-            try:
-                self.listen_again()
-            except PortexecError as error:
-                self.ask(GIVE_UP, error)
+            self._repair_listeners()
+
+    def _repair_listeners(self) -> None:
+        """After the end of a start that shared listeners with the current one, and may have shut them down."""
+        try:
+            self.listen_again()
+        except PortexecError as error:
+            self.ask(GIVE_UP, error)
+            return
+        if self.launch.bound.is_unix_listener_dead() and not self.current.has_reached(ENDED):
+            self.reporter.note("the command that ended has shut down a unix socket that the other one serves on, too; restart")
+            self.ask(REPAIR)
 
     async def _hears_client(self) -> None:
         """Wait for the first connection to any listener."""
@@ -278,14 +300,18 @@ class Server:
         """Wait until the start is ready, has ended, or has had its time."""
         readiness, patience = self._readiness_of(start), self._patience_with(start)
         unready, who = Unready(readiness), "the command" if start is self.current else "the new start"
-        waiting = (start.reaches(ENDED), readiness.wait(), self.reporter.show_progress(who, unready.awaited, patience))
-        found = await first(*waiting, within=patience)
+        progress = self.reporter.show_progress(who, unready.awaited, patience)
+        found = await first(start.reaches(ENDED), self._is_ready(start, readiness), progress, within=patience)
         if found == 1:
             self._become_ready(start, readiness)
         elif found is None:
             message = f"{who} was not ready after {patience:g} s: it did not {unready.missed()}"
             hint = unready.hint(self.launch.how_to_take(), names_port=self.launch.request.names_port())
             self._give_up(start, NotReady(message, hint))
+
+    async def _is_ready(self, start: Start, readiness: Readiness) -> None:
+        await start.reaches(RUNNING)
+        await readiness.wait()
 
     def _patience_with(self, start: Start) -> float | None:
         """The seconds that a start has to become ready; None for no limit."""

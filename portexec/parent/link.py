@@ -32,11 +32,14 @@ class Link:
 
     def say(self, kind: bytes, *fields: object) -> None:
         """Send a message. It is lost without an error if the other process has ended."""
-        if self.is_open:
-            try:
-                self.socket.send(kind + os.fsencode(_SEPARATOR.join(map(str, fields))))
-            except (BrokenPipeError, ConnectionResetError):
-                pass
+        self._send(kind, fields, 0)
+
+    def mention(self, kind: bytes, *fields: object) -> None:
+        """Send a message that says no more than others before it. It is lost where the other process leaves many unread."""
+        try:
+            self._send(kind, fields, _socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
 
     def receive(self) -> tuple[bytes, list[str]]:
         """Wait for the next message: its kind and its fields; ENDED when there will be none."""
@@ -65,6 +68,13 @@ class Link:
         """Close this end. A second call does nothing."""
         self.is_open = False
         self.socket.close()
+
+    def _send(self, kind: bytes, fields: tuple[object, ...], flags: int) -> None:
+        if self.is_open:
+            try:
+                self.socket.send(kind + os.fsencode(_SEPARATOR.join(map(str, fields))), flags)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
 
     def _receive(self, flags: int) -> tuple[bytes, list[str]]:
         try:

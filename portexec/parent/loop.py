@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 _LONGEST_POLL = 3600.0  # seconds; poll(2) takes an int of milliseconds, which ends after 24 days
 _SHORTEST_POLL = 0.001  # seconds
-_FEW = 64  # timers that are kept without a look for those that no task waits for any more
+_FEW = 64  # up to so many timers, those that no task waits for any more stay in the heap until their time has come
 
 
 class Task:
@@ -186,7 +186,8 @@ async def first(*coroutines: Coroutine[Any, Any, Any], within: float | None = No
 async def isolated(coroutine: Coroutine[Any, Any, T], around: Around) -> T:
     """Run a coroutine and what it spawns to its end, as a part of this run. Raises what any of them raises.
 
-    Afterwards nothing of the part is running. `around` is entered before each step of the part's tasks, and left after it.
+    Afterwards nothing of the part is running. When the main coroutine has ended, no `first` of the part is decided any
+    more. `around` is entered before each step of the part's tasks, and left after it.
     """
     part = _Part(coroutine, around)
     await _Wait(part=part)
@@ -278,7 +279,7 @@ class _Loop:
 
     def step(self, task: Task, value: Any) -> None:
         try:
-            wait = self.within(task.part, lambda: task.coroutine.send(value))
+            self.begin_wait(task, self.within(task.part, lambda: task.coroutine.send(value)))
         except StopIteration as end:
             task.is_over, task.result = True, end.value
             self.forget(task)
@@ -286,13 +287,9 @@ class _Loop:
                 self.ending[task.group] = None
             if task.part is not None and task is task.part.main:
                 self.ending_parts[task.part] = None
-            return
         except Exception as error:
-            task.is_over = True
-            self.forget(task)
+            self.close_one(task)  # it may not be over: `around` has failed, or what it waits for
             self.fail(task.part, error)
-            return
-        self.begin_wait(task, wait)
 
     def fail(self, part: _Part | None, error: BaseException) -> None:
         """End a part of the run for an exception in a task of it; without a part, raise it, which ends the run."""
@@ -318,7 +315,7 @@ class _Loop:
             task.part.tasks.pop(task, None)
 
     def begin_wait(self, task: Task, wait: _Wait) -> None:
-        task.wait, wait.task = wait, task
+        wait.task, task.wait = task, wait  # in this order: what is no wait of ours fails here
         self.count += 1
         if wait.fd >= 0:
             self.watched.setdefault(wait.fd, []).append(wait)
@@ -411,7 +408,10 @@ class _Loop:
 
     def close_coroutine(self, task: Task) -> None:
         try:
-            self.within(task.part, task.coroutine.close)
+            try:
+                self.within(task.part, task.coroutine.close)
+            finally:
+                task.coroutine.close()  # where `around` has failed; a second call does nothing
         except RuntimeError as error:
             if "ignored GeneratorExit" not in str(error):
                 raise

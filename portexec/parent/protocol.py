@@ -2,12 +2,13 @@
 
     portexec says                the shim answers
     PREPARE                      PREPARED, REFUSED or UNABLE
-    GO, also right behind it     STARTED or FAILED; then, any number of times, LISTENING, ADVISED, SIGNALLED
+    GO, also right behind it     STARTED or FAILED; then, any number of times, LISTENING and ADVISED
     SIGNAL, DRAIN, STOP, KILL    nothing at once
                                  ENDED, when the command has ended, and GONE, when nothing of it is left
     LEAVE, or QUIT               nothing: it ends
 
-portexec may say UNDO and KEEP at any time. The end of the link is news, too: the other process has ended.
+portexec may say UNDO and KEEP at any time. After GO the shim may say SIGNALLED at any time, and UNABLE as its last word. The
+end of the link is news, too: the other process has ended, or portexec has given up the run.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ ALONE = -1  # in place of a sender: it is known that the signal was sent to one 
 class Job:
     """What a shim is to run, and how. Times are in seconds.
 
-    `guards` is empty where no binds are admitted. `patience` is how long a tree that was told to stop may take before KILL. If
-    it is None, the command has no limit, and the rest has `kill_after` after its end. `leaves_daemons`: processes that a
-    command leaves behind when it ends by itself go on. `kept` are descriptors of portexec that stay open until nothing is left
-    of the command: their end tells that to other processes. `names_port`: words or variables of the command have a number of
-    ours. `is_rehearsed`: an earlier start has shown that the binds can be admitted. `advised` are the topics on which any start
-    of the run has given people advice. `is_apart`: the command gets a session of its own. `limits` are its soft limits, by
-    their numbers in setrlimit(2). `tell_end` is called when nothing is left and portexec, which would tell of that, has died.
+    `guards` is empty where no binds are admitted. `patience` is how long a tree that was told to stop may take before KILL.
+    If it is None, the command has no limit, and the rest of the tree has `kill_after` after the command's end.
+    `leaves_daemons`: processes that a command leaves behind when it ends by itself go on. `kept` are descriptors of
+    portexec that stay open until nothing is left of the command: their end tells that to other processes. `names_port`:
+    words or variables of the command have a number of ours. `is_rehearsed`: an earlier start has shown that the binds can
+    be admitted. `advised` are the topics on which any start of the run has given people advice. `is_apart`: the command
+    gets a session of its own. `limits` are its soft limits, by their numbers in setrlimit(2). `tell_end` is called when
+    nothing is left and portexec, which would tell of that, has died.
     """
 
     __slots__ = (

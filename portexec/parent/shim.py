@@ -25,6 +25,7 @@ from portexec.parent.link import Link, error_of, fields_of
 from portexec.parent.loop import Event
 from portexec.parent.naming import name_shim
 from portexec.parent.signals import send
+from portexec.procfs import is_ending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Shim:
         if job.guards:
             import portexec.admission.answer  # noqa: F401  # before the fork: for later shims, too, and portexec itself
         self.link, shims_end = links.pair(job.plan.first_fd + len(job.plan.passed))
+        front = os.getpid()
         try:
             self.pid = os.fork()
         except OSError:
@@ -63,7 +65,7 @@ class Shim:
             shims_end.close()
             raise
         if self.pid == 0:
-            _live(shims_end, job, inbox)
+            _live(shims_end, job, inbox, front)
         shims[self.pid] = self
         shims_end.close()
 
@@ -127,7 +129,7 @@ class Shim:
             send(self.pid, _signal.SIGCONT)  # Ctrl-Z may have stopped it
 
 
-def _live(link: Link, job: Job, inbox: Inbox) -> NoReturn:
+def _live(link: Link, job: Job, inbox: Inbox, front: int) -> NoReturn:
     """The shim's life. Never returns into the caller's code, which is portexec's."""
     try:
         inbox.close()
@@ -139,7 +141,7 @@ def _live(link: Link, job: Job, inbox: Inbox) -> NoReturn:
         plan = job.plan
         _close_ours({link.fileno(), *job.guard_descriptors(), *plan.passed, *plan.kept, *plan.streams.values(), *job.kept})
         job.limit()
-        _run(link, job, inbox)
+        _run(link, job, inbox, front)
         os._exit(0)
     except (OSError, MemoryError) as error:
         spare.clear()
@@ -157,16 +159,13 @@ def _live(link: Link, job: Job, inbox: Inbox) -> NoReturn:
         os._exit(STATUS_FAILURE)
 
 
-def _run(link: Link, job: Job, inbox: Inbox) -> None:
-    """Do what portexec says, word by word. The end of the link means that portexec has died."""
+def _run(link: Link, job: Job, inbox: Inbox, front: int) -> None:
+    """Do what portexec says, word by word. The end of the link means that portexec has died, or has given up this run."""
     undo = Undo()
     word, _ = _hear(link, undo)
     child = _prepare(link, job, inbox) if word == protocol.PREPARE else None
     if child is not None:
         word, early = _hear(link, undo)
-        while word == protocol.SIGNAL:  # for a command that is about to be executed
-            child.signal(int(early[0]))
-            word, early = _hear(link, undo)
         if word == protocol.GO and not link.is_at_end():  # no command begins whose portexec has died
             for number in map(int, filter(None, early)):
                 child.signal(number)
@@ -176,12 +175,11 @@ def _run(link: Link, job: Job, inbox: Inbox) -> None:
         else:
             child.end()
         link.say(protocol.GONE)
-        word, _ = _hear(link, undo)
     while word not in (protocol.LEAVE, protocol.QUIT, links.ENDED):
-        word, _ = _hear(link, undo)  # a word that comes too late
+        word, _ = _hear(link, undo)  # the last word, perhaps after some that come too late
     if word != protocol.LEAVE:
         undo.run()
-    if word == links.ENDED:
+    if word == links.ENDED and (os.getppid() != front or is_ending(front)):
         job.tell_end()
 
 

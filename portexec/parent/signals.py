@@ -167,7 +167,7 @@ def is_to_stop_us(stop_signal: int) -> bool:
 
 
 def stop() -> None:
-    """Stop until we are continued. A CONT from before the stop is lost, so look just before whether there is reason to stop."""
+    """Stop until we are continued. A CONT that has come before is lost: the caller looks first whether it is still to stop."""
     os.kill(os.getpid(), _signal.SIGSTOP)
 
 

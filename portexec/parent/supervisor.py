@@ -18,7 +18,7 @@ from portexec.kernel import STDERR
 from portexec.parent import child as steps
 from portexec.parent import link as links
 from portexec.parent import protocol, signals, tree
-from portexec.parent.loop import Event, first, readable, spawn
+from portexec.parent.loop import Event, after, first, readable, spawn
 from portexec.parent.witness import Witness
 from portexec.procfs import Processes, is_ending, is_stopped
 
@@ -124,7 +124,7 @@ class Supervisor:
         is_expected = is_told or self.may_be_told or self.job.leaves_daemons
         if not (is_expected or wait_status) and signals.has_children():
             self.diagnosis.went_to_the_background()
-        is_left = self.job.leaves_daemons and not is_told and signals.has_children()
+        is_left = self.job.leaves_daemons and not (is_told or self.told.to_stop.is_set()) and signals.has_children()
         self.state = _LEFT if is_left else _ENDED
         if is_left:
             self._let_go()
@@ -181,6 +181,7 @@ class Supervisor:
             self._be_told(_signal.SIGTERM, protocol.ALONE)
         elif kind == links.ENDED:
             self._be_told(_signal.SIGTERM, protocol.ALONE)
+            after(self.job.kill_after, self.told.at_once.set)  # also for a plain command: nobody can tell it again
         else:
             self.note(kind, fields)
 
@@ -278,12 +279,12 @@ class _SharedDiagnosis(Diagnosis):
 
     def _advise(self, about: str, *lines: str) -> None:
         super()._advise(about, *lines)
-        self.link.say(protocol.ADVISED, about)
+        self.link.mention(protocol.ADVISED, about)
 
     def listening(self, port: int, host: str) -> None:
         """The command listens on a number of ours."""
         super().listening(port, host)
-        self.link.say(protocol.LISTENING, port, host)
+        self.link.mention(protocol.LISTENING, port, host)
 
 
 def _is_in_group(pid: int) -> bool:

@@ -41,13 +41,11 @@ async def kill_below(is_childless: Event, spare: Set[int] = frozenset()) -> None
         pause = min(_LONGER * pause, _LONGEST_PAUSE)
 
 
-async def clear_away(
-    spared: Callable[[], Set[int]], kill_after: float, is_hurried: Event, told: Set[int] = frozenset()
-) -> None:
+async def clear_away(spared: Callable[[], Set[int]], kill_after: float, is_hurried: Event, told: set[int]) -> None:
     """Send TERM, and KILL `kill_after` seconds later, to all below this process, until only `spared()` ones are left.
 
-    For a process with children that are not its own to stop. `told` are those that have had TERM already. Cheap where there is
-    nothing to stop.
+    For a process with children that are not its own to stop. `told` are those that have had TERM already; it grows. Cheap
+    where there is nothing to stop.
     """
     deadline = time.monotonic() + kill_after
     pause = _SHORTEST_PAUSE
@@ -58,6 +56,6 @@ async def clear_away(
         is_over = is_hurried.is_set() or time.monotonic() > deadline
         below = processes.below(os.getpid(), spare)
         tell(below if is_over else below - told, _signal.SIGKILL if is_over else _signal.SIGTERM, processes)
-        told = told | below
+        told |= below
         await sleep(pause)
         pause = min(_LONGER * pause, _LONGEST_PAUSE)

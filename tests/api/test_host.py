@@ -174,6 +174,54 @@ def test_which_servers_have_a_host_of_their_own(listen: Any, may_block: bool) ->
     assert portexec.serve(LIGHT, listen=listen).driver.may_block() is may_block
 
 
+def test_a_server_that_its_host_gives_up_is_the_end_of_no_other(mark: str) -> None:
+    """The host has no descriptor left for a question to the second one, and stops it."""
+    runs = threading.Event()
+    waiting = portexec.serve(["sh", "-c", "echo runs; exec sleep 1000"], ready="http", output=lambda _: runs.set())
+    with portexec.serve(LIGHT) as server, ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(waiting.__enter__)
+        assert runs.wait(DEADLINE)
+        host = hook(server)
+        soft, hard = resource.prlimit(host, resource.RLIMIT_NOFILE)
+        free = min({*range(soft)} - {*map(int, descriptors_of(host))})
+        resource.prlimit(host, resource.RLIMIT_NOFILE, (free, hard))
+        with pytest.raises(portexec.PortexecError, match="Too many open files"):
+            starting.result(DEADLINE)
+        resource.prlimit(host, resource.RLIMIT_NOFILE, (soft, hard))
+        with portexec.serve(LIGHT) as third:
+            assert get(third.url) == greeting(third)
+        assert get(server.url) == greeting(server)
+    assert describe(marked(mark)) == []
+
+
+ABANDONING = """
+import os, signal, sys
+import portexec
+from portexec.api import driver
+
+def order_and_die(drivers, order=driver.host.serve):
+    order(drivers)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with portexec.serve(["sleep", "1000"], ready="none"):
+    host = driver.host.current().process.pid
+    print(host, flush=True)
+    os.kill(host, signal.SIGSTOP)
+    driver.host.serve = order_and_die
+    portexec.serve_all({name: portexec.serve(["sleep", "1000"], ready="none") for name in ("a", "b", "c")}).__enter__()
+"""
+
+
+def test_orders_of_a_program_that_dies_come_to_nothing(mark: str) -> None:
+    """The host finds all of them, and the end of the program, at once."""
+    with subprocess.Popen([sys.executable, "-c", ABANDONING], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        host = int(program.stdout.readline())
+        assert program.wait(DEADLINE) == -signal.SIGKILL
+        os.kill(host, signal.SIGCONT)
+        wait_for(lambda: not marked(mark))
+
+
 def test_a_host_that_is_killed_is_the_end_of_its_servers_and_the_next_one_has_another(mark: str) -> None:
     with ThreadPoolExecutor(3) as pool, ExitStack() as stack:
         servers = [stack.enter_context(portexec.serve(command)) for command in (LIGHT, ON_FD, [*LIGHT, "ignore"])[:2]]

@@ -15,6 +15,7 @@ comes of a line is behind its word. KEY names a socket: the variable with its nu
     reply KEY HEX       take one, read what it asks, print `asked` and its first line, answer with these bytes, close it
     notify TEXT         send TEXT, `\\n` for a new line, to $NOTIFY_SOCKET, if need be as another user: `notify-as UID TEXT`,
                         which is over when it was taken: that user's process sends a barrier, sd_notify_barrier(3)
+    ignore SIGNAL
     exit STATUS
 
 It prints `turn` for each SIGUSR1, whatever it is at: a thread waits for it, since a handler written in Python can come too late
@@ -153,8 +154,13 @@ def obey(line: str) -> None:
         os._exit(int(rest[0]))
     elif word in ("listen", "close"):
         getattr(sockets[rest[0]], word)()
+    elif word == "ignore":
+        signal.signal(getattr(signal, rest[0]), signal.SIG_IGN)
     elif word == "shutdown":
-        sockets[rest[0]].shutdown(socket.SHUT_RDWR)
+        try:
+            sockets[rest[0]].shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it was shut down before, which has its effect all the same
     else:
         KNOWN[word](*rest)
 
