@@ -50,6 +50,11 @@ from _socket import MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_STREAM
 from portexec.errors import PortexecError, UsageError
 from portexec.plainjson import dumps, loads
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
 RESTART = "restart"
 STOP = "stop"
 LET_GO = "let go"
@@ -156,6 +161,14 @@ def tell_gone(fd: int, id: int) -> None:
 def tell_error(fd: int, error: PortexecError) -> None:
     """Send an error, and give the program a moment to read."""
     tell(fd, "error", **error_fields(error))
+
+
+def kind_of(event: Mapping[str, Any]) -> type[PortexecError]:
+    """The class of an error that was told: the inverse of `error_fields`."""
+    from portexec import errors, server_errors
+
+    kind: type[PortexecError] = {**vars(errors), **vars(server_errors)}.get(event["kind"], PortexecError)
+    return kind
 
 
 def error_fields(error: PortexecError) -> dict[str, str]:

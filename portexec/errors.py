@@ -145,10 +145,10 @@ def reason(error: OSError | MemoryError) -> str:
     return error.strerror or str(error)
 
 
-def cannot(do: str, error: OSError | MemoryError) -> PortexecError:
-    """The error for something that cannot be done, with the system's reason, and what to do where that is a limit."""
+def cannot(do: str, error: OSError | MemoryError, hint: str = "") -> PortexecError:
+    """The error for something that cannot be done, with the system's reason. `hint` is for reasons other than a limit."""
     is_limit = isinstance(error, OSError) and error.errno in _LIMITS_OF_DESCRIPTORS
-    return PortexecError(f"cannot {do}: {reason(error)}", MORE_DESCRIPTORS if is_limit else "")
+    return PortexecError(f"cannot {do}: {reason(error)}", MORE_DESCRIPTORS if is_limit else hint)
 
 
 def is_shortage(error: OSError) -> bool:

@@ -89,7 +89,7 @@ command.publish: binding.listeners command.undo errors kernel plainjson
 command.templates: binding.spec errors
 command.undo: errors
 completion: command.plan errors names.registry options request
-control: errors plainjson
+control: errors plainjson server_errors
 errors:
 explain: binding.guard command.activation command.plan command.publish errors launch project request
 foresee: command.execute command.plan command.publish errors launch lifetime.log lifetime.notify request start writable

@@ -129,6 +129,8 @@ REFUSED = [
     (["--export", ""], "--export names no file", "its value is empty; is a variable unset?"),
     (["--port-file=", "x"], "--port-file names no file", "its value is empty; is a variable unset?"),
     (["--quiet=", "x"], "option --quiet takes no value", "write --quiet alone"),
+    (["--list=a"], "option --list takes no value", "write --list alone"),
+    (["--url=a"], "option --url takes no value", "write --url a"),
 ]
 
 

@@ -100,6 +100,7 @@ MALFORMED = [
         "a range is 8000-9000; a command with a fixed port gets another by --remap 9000",
     ),
     ("::1", "malformed listen spec '::1'", "an IPv6 address goes in brackets: [::1]"),
+    ("::1:3000", "malformed listen spec '::1:3000'", "an IPv6 address goes in brackets: [::1]:3000, or [::1:3000]"),
     ("[::1", "malformed listen spec '[::1'", BRACKET_HINT),
     ("[]", "malformed listen spec '[]'", BRACKET_HINT),
     ("[]:8000", "malformed listen spec '[]:8000'", BRACKET_HINT),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, Protocol
 
-from portexec import control, errors, server_errors
+from portexec import control, errors
 from portexec.api import host, watchers
 from portexec.api.output import Output
 from portexec.errors import PortexecError, UsageError, reason
@@ -599,9 +599,7 @@ class Driver:
             hint += "; re.compile('...') waits for a line of the output"
         for option, argument in self.arguments_of.items():
             hint = hint.replace(option, argument)
-        kind = getattr(server_errors, event["kind"], None) or getattr(errors, event["kind"])
-        error: PortexecError = kind(f"{about} {event['message']}" if about else event["message"], hint)
-        return error
+        return control.kind_of(event)(f"{about} {event['message']}" if about else event["message"], hint)
 
     def _listener(self, told: dict[str, Any]) -> Listener:
         """The listener as the caller can use it: the caller's directory may be another than the command's."""

@@ -150,7 +150,9 @@ def _split_address(text: str, rest: str) -> tuple[str, str]:
         bare = rest.partition("://")[2].partition("/")[0]
         raise UsageError(f"malformed listen spec {text!r}", f"it is an address, not a URL: {bare}")
     if rest.count(":") > 1:
-        raise UsageError(f"malformed listen spec {text!r}", f"an IPv6 address goes in brackets: [{rest}]")
+        address, _, port = rest.rpartition(":")
+        both = f"[{address}]:{port}, or [{rest}]" if port.isdecimal() and not address.endswith(":") else f"[{rest}]"
+        raise UsageError(f"malformed listen spec {text!r}", f"an IPv6 address goes in brackets: {both}")
     if rest.startswith(("/", "./")):
         raise UsageError(f"malformed listen spec {text!r}", f"a unix socket is written unix:{rest}")
     if ":" in rest:

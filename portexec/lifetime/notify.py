@@ -16,7 +16,7 @@ import struct
 
 from portexec.binding import unix
 from portexec.command.undo import Undo, file_at
-from portexec.errors import PortexecError, reason
+from portexec.errors import cannot
 from portexec.procfs import is_below
 
 TYPE_CHECKING = False
@@ -62,7 +62,7 @@ class NotifySocket:
             self.socket.bind(unix.address(self.name))
         except OSError as error:
             self.socket.close()
-            raise PortexecError(f"cannot make the notify socket {self.name}: {reason(error)}", "choose another name") from error
+            raise cannot(f"make the notify socket {self.name}", error, "choose another name") from error
         finally:
             os.umask(mask)
         made = None if self.name.startswith("@") else file_at(self.name)

@@ -19,7 +19,7 @@ import os
 import select
 import time
 
-from portexec import errors, kernel
+from portexec import control, kernel
 from portexec.command import activation, execute
 from portexec.command.undo import Undo
 from portexec.control import LET_GO
@@ -194,7 +194,7 @@ class Waiting:
         if event["event"] == "ended":
             self._wait_status, self._was_told = event["status"], not event["by_itself"]
         elif event["event"] == "error":
-            kind = getattr(errors, event["kind"], PortexecError)
+            kind = control.kind_of(event)
             about = {"about": event["about"]} if issubclass(kind, UsageError) else {}
             self._error = kind(event["message"], event["hint"], **about)
 

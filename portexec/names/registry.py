@@ -27,7 +27,7 @@ import time
 
 from portexec import procfs
 from portexec.command import execute
-from portexec.errors import PortexecError, escaped, is_shortage, reason
+from portexec.errors import PortexecError, cannot, escaped, is_shortage
 from portexec.kernel import STDERR
 from portexec.names.naming import short
 from portexec.plainjson import dumps, loads
@@ -286,7 +286,7 @@ def claim(entry: Entry, environment: Mapping[str, str]) -> Claim:
             os.close(front)
             raise
     except OSError as error:
-        raise PortexecError(f"cannot write to the registry {folder}: {reason(error)}", _HINT) from error
+        raise cannot(f"write to the registry {folder}", error, _HINT) from error
     finally:
         os.close(fd)
 
@@ -371,7 +371,7 @@ def _names_in(folder: str) -> list[str]:
 
 
 def _unreadable(folder: str, error: OSError) -> PortexecError:
-    return PortexecError(f"cannot read the registry {folder}: {reason(error)}")
+    return cannot(f"read the registry {folder}", error)
 
 
 def meant(wanted: Wanted, environment: Mapping[str, str]) -> Entry | None:
@@ -492,7 +492,7 @@ def _locked_folder(environment: Mapping[str, str]) -> tuple[str, int]:
 
 def _cannot_make(environment: Mapping[str, str], failure: OSError | None) -> PortexecError:
     assert failure is not None  # noqa: S101  # there is one home at least
-    return PortexecError(f"cannot make the registry {_homes(environment)[0]}: {reason(failure)}", _HINT)
+    return cannot(f"make the registry {_homes(environment)[0]}", failure, _HINT)
 
 
 def _lock(folder: str) -> int:
@@ -652,7 +652,7 @@ def forget(entry: Entry, environment: Mapping[str, str]) -> None:
         try:
             _forget(folder, path)
         except OSError as error:
-            raise PortexecError(f"cannot write to the registry {folder}: {reason(error)}", _HINT) from error
+            raise cannot(f"write to the registry {folder}", error, _HINT) from error
 
 
 def _forget(folder: str, path: str) -> None:
