@@ -147,7 +147,7 @@ parent.signals: kernel
 parent.supervisor: admission.diagnosis admission.elsewhere errors kernel parent.child parent.link parent.loop parent.protocol
     parent.signals parent.tree parent.witness procfs
 parent.tree: parent.loop parent.signals procfs
-parent.witness: parent.loop parent.protocol
+parent.witness: parent.loop parent.protocol parent.signals
 plainjson:
 procfs:
 project: errors

@@ -977,6 +977,7 @@ def test_what_is_no_entry_is_passed_over(registry: Path) -> None:
     for number, text in enumerate(texts):
         (folder / f"bad{number}.json").write_text(text)
     (folder / "f.json").mkdir()
+    os.mkfifo(folder / "fifo.json")  # nobody writes to it, and nobody waits for that
     assert set(listed()) == {"web"}
     assert run("--list").stdout.count("\n") == 2
 

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from portexec.parent.family import Family
     from portexec.parent.shim import Shim
 
-_LATE_REPORT = 0.5  # seconds in which a shim may report a signal to the whole group, which we had ourselves
-_WHOLE_GROUP = 0.05  # seconds in which a signal reaches a whole group; its first process may have ended meanwhile
 _ONE_REQUEST = 0.1  # seconds in which signals to end are one request: timeout(1) signals first us, and then our group
 
 
@@ -148,7 +146,7 @@ class Run:
         assert end is not None  # noqa: S101  # that is what ENDED means
         if signals.has_died_of(end.wait_status, _signal.SIGINT):
             # Perhaps of Ctrl-C, which the terminal sends to one process after the other.
-            await first(self.stopping.is_decided.wait(), within=_WHOLE_GROUP)
+            await first(self.stopping.is_decided.wait(), within=signals.WHOLE_GROUP)
         if self._has_server_ended():
             await Event().wait()  # `_serve` says so
         self.stopping.decide(Outcome.failed(end.failure) if end.failure else Outcome(end.wait_status))
@@ -308,7 +306,7 @@ class Run:
         stop a server with INT and TERM. Where portexec merely waits, the other signal is for the command, which may treat it
         in another way.
         """
-        within = _LATE_REPORT if signal.sender == ALONE else _ONE_REQUEST
+        within = signals.LATE_SHIM if signal.sender == ALONE else _ONE_REQUEST
         is_copy, is_same_request = self.stopping.hears(signal, within)
         if is_copy:
             return

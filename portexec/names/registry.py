@@ -410,7 +410,7 @@ def _read(path: str) -> Entry | None:
     for _ in range(_LOOKS):
         is_alive = _is_held(f"{path}.lock")
         try:
-            with open(f"{path}.json", "rb") as file:
+            with open(f"{path}.json", "rb", opener=_open_at_once) as file:
                 entry = Entry(**{**loads(file.read()), "is_alive": is_alive})
         except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):  # the last of [[[[...
             return None
@@ -424,6 +424,11 @@ def _read(path: str) -> Entry | None:
         if not _is_held(f"{path}.lock"):
             return entry.changed(state=ENDED, wait_status=None)  # it was killed, with its shims: nothing was left to write more
     return None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file, and wait for nobody: somebody may have put a FIFO in its place."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _is_sound(entry: Entry) -> bool:

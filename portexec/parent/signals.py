@@ -43,6 +43,14 @@ FORWARDED = frozenset(
 STOP_REQUESTS = frozenset({_signal.SIGTERM, _signal.SIGINT})
 _JOB_CONTROL_STOPS = frozenset({_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU})
 
+# Seconds in which a signal to a whole group reaches all of it. That is at once, but a process may have to wait for a processor
+# to read it, or may end of it first. Many tools signal one process of a tree after the other; such copies were 13 ms apart on
+# busy cores.
+WHOLE_GROUP = 0.05
+# Seconds in which one of portexec and a shim may tell the other too late of a signal that both were sent.
+LATE_FRONT = 1.0
+LATE_SHIM = 0.5
+
 _INFO_SIZE = 128
 _INFO = Struct("IiiI")  # the beginning of struct signalfd_siginfo: number, errno, code and the sender's pid
 _SENT_BY_KERNEL = 0x80  # SI_KERNEL, sigaction(2)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from portexec.parent.loop import after
 from portexec.parent.protocol import ALONE
+from portexec.parent.signals import LATE_FRONT, WHOLE_GROUP
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     _T = TypeVar("_T")
-
-# Seconds in which the other copy comes. A signal to a group reaches all of it at once, but a process may have to wait for a
-# processor to read it. Many tools signal one process of a tree after the other; such copies were 13 ms apart on busy cores.
-_WINDOW = 0.05
-_LATE = 1.0  # seconds in which portexec may report its own copy too late
 
 _Key = tuple[int, int]  # number and sender
 
@@ -54,7 +50,7 @@ class Witness:
                 waiting[1](True)
                 return
         self._seen.append(key)
-        after(_WINDOW, lambda: self._give_up_on_portexec(key))
+        after(WHOLE_GROUP, lambda: self._give_up_on_portexec(key))
 
     def hear(self, number: int, sender: int, decide: Callable[[bool], None]) -> None:
         """portexec was sent this signal. `decide` is called once, and told whether the whole group was sent it."""
@@ -72,7 +68,7 @@ class Witness:
         else:
             waiting = (key, decide)
             self._told.append(waiting)
-            after(_WINDOW, lambda: self._give_up_on_shim(waiting))
+            after(WHOLE_GROUP, lambda: self._give_up_on_shim(waiting))
 
     def _give_up_on_portexec(self, key: _Key) -> None:
         if key in self._seen:
@@ -97,4 +93,4 @@ class Witness:
 
 def _forget_later(things: list[_T], thing: _T) -> None:
     """Remove the thing from the list after a while, if it is still there."""
-    after(_LATE, lambda: things.remove(thing) if thing in things else None)
+    after(LATE_FRONT, lambda: things.remove(thing) if thing in things else None)
