@@ -21,6 +21,7 @@ import pytest
 
 import portexec
 from portexec import control
+from portexec.api.driver import Driver
 from portexec.api.host import current
 from tests.support import DEADLINE, get, wait_for
 from tests.support.proc import children_of, descriptors_of, status_of
@@ -191,6 +192,24 @@ def test_a_server_that_its_host_gives_up_is_the_end_of_no_other(mark: str) -> No
         with portexec.serve(LIGHT) as third:
             assert get(third.url) == greeting(third)
         assert get(server.url) == greeting(server)
+    assert describe(marked(mark)) == []
+
+
+def test_a_failure_of_the_programs_own_thread_ends_its_servers_and_says_why(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would take news any more, so that everybody would wait for ever."""
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with portexec.serve(LIGHT) as server:
+        monkeypatch.setattr(Driver, "take_event", fail)
+        with pytest.raises(portexec.Exited, match="portexec itself has failed: (?s:.)*ZeroDivisionError"):
+            portexec.serve(LIGHT).__enter__()
+        monkeypatch.undo()
+        with pytest.raises(portexec.Exited, match="ZeroDivisionError"):
+            server.wait()
+        with portexec.serve(LIGHT) as other:
+            assert get(other.url) == greeting(other)
     assert describe(marked(mark)) == []
 
 
