@@ -203,7 +203,7 @@ def test_a_failure_of_the_programs_own_thread_ends_its_servers_and_says_why(mark
 
     with portexec.serve(LIGHT) as server:
         monkeypatch.setattr(Driver, "take_event", fail)
-        with pytest.raises(portexec.Exited, match="portexec itself has failed: (?s:.)*ZeroDivisionError"):
+        with pytest.raises(portexec.Exited, match=r"portexec itself has failed: (?s:.)*ZeroDivisionError"):
             portexec.serve(LIGHT).__enter__()
         monkeypatch.undo()
         with pytest.raises(portexec.Exited, match="ZeroDivisionError"):
