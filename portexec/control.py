@@ -26,6 +26,9 @@ request has the server's number as its `id`, and there are three more:
     host -> program       {"event": "gone"}         nothing of this server is left, or there is no such server
                           {"event": "failed", "text": ...}   the host itself has failed, with all its servers; has no `id`
 
+"ended" has one more field, `unread`: how many bytes of the output were in the pipe then. So a program that reads later can tell
+them from those of the next start.
+
 When the host is killed, the shim of each of its servers stops it, and then sends "gone" with the field `orphaned`. That line
 may come after the beginning of another one that the host could not finish.
 

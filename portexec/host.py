@@ -14,8 +14,11 @@ server.
 from __future__ import annotations
 
 import _signal
+import fcntl
 import gc
 import os
+import sys
+import termios
 
 import portexec.parent.supervisor  # noqa: F401  # what shims need is imported once for all of them
 from portexec import control, kernel, launch, options, start
@@ -40,15 +43,18 @@ if TYPE_CHECKING:
 class Client:
     """The program, as the run of one server sees it: a `Program` of `lifetime.program`."""
 
-    def __init__(self, host: Host, id: int) -> None:
+    def __init__(self, host: Host, id: int, output: int) -> None:
         self.kept = {host.fd}
         self._host = host
         self._id = id
+        self._output = output
         self._asked: list[control.Request] = []
         self._news = Event()
 
     def tell(self, event: str, **fields: object) -> None:
         """Tell it an event."""
+        if event == "ended":
+            fields["unread"] = _unread(self._output)
         self._host.tell(event, id=self._id, **fields)
 
     def tell_error(self, error: PortexecError) -> bool:
@@ -115,7 +121,7 @@ class Hosted:
         self.group = group
         self.order = order
         self.surroundings = surroundings
-        self.client = Client(host, order.id)
+        self.client = Client(host, order.id, surroundings.output)
         self.is_gone = Event()
         self.parent: Parent | None = None
 
@@ -324,6 +330,11 @@ def main(fd: int, program: int | None) -> NoReturn:
         _tell_failure(fd, error)
     finally:
         os._exit(STATUS_FAILURE)
+
+
+def _unread(pipe: int) -> int:
+    """How many bytes are in a pipe."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _close(descriptors: list[int]) -> None:

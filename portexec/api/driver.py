@@ -180,6 +180,7 @@ class Driver:
         self._restarts = 0  # the restarts that have begun
         self._ready_after = -1  # the number of restarts after which it was ready last; -1 before the first time
         self._searched = 0  # so much of the output was searched for the line by which it is ready
+        self._read_before = 0  # so much of the output was read before the events that are being taken
         self._is_line_found = False
         self._waiting = 0  # how many callers wait, and will be told of the end
         self._is_end_known = False  # a caller was told of the end
@@ -527,6 +528,10 @@ class Driver:
         while left > 0 and self.output_fd is not None and _waiting_in(self.output_fd):
             left -= len(self.take_output())
 
+    def begin_round(self) -> None:
+        """All events that the host has told so far were taken."""
+        self._read_before = self._output.written
+
     def take_output(self) -> bytes:
         """Take a piece of the output. With the lock held, each piece is either in the pipe or in the output."""
         with self._changed:
@@ -584,7 +589,8 @@ class Driver:
                 self._ready_after = self._restarts
             elif kind == "ended":
                 self.wait_status = event["status"]
-                self._searched = self._output.written  # all output of this command has come; the rest is the next one's
+                # What has come by then is of this command. The next one may have written since, if we were slow.
+                self._searched = max(self._searched, min(self._output.written, self._read_before + event["unread"]))
                 self._is_line_found = False
                 self._has_ended_by_itself = event["by_itself"]
             elif kind == "error":

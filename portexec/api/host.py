@@ -73,6 +73,9 @@ if TYPE_CHECKING:
         def take_output(self) -> bytes:
             """Take a piece of the output."""
 
+        def begin_round(self) -> None:
+            """All events that the host has told so far were taken."""
+
         def drain(self) -> None:
             """Take all output that is there now."""
 
@@ -284,6 +287,8 @@ class Host:
         rest = b""
         while self._has_servers():
             self._add_readers(readers, poll)
+            for driver in list(self._drivers.values()):
+                driver.begin_round()
             for fd, _ in poll.poll():
                 if fd in readers:
                     _read_output(fd, readers, poll)

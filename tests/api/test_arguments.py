@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,33 @@ def test_ready_by_a_line() -> None:
         assert server.pid != pid
         assert server.output.count("up and running\n") == 2
         assert server.port > 0
+
+
+def test_the_line_of_a_restart_that_comes_before_the_news_of_the_end(tmp_path: Path) -> None:
+    """The program's own thread was slow: it finds the output of the new start together with the end of the old one."""
+    script = "echo up and running; : >$$; read line; echo $line; sleep 1000"
+    is_held, goes_on = threading.Event(), threading.Event()
+
+    def hold(text: str) -> None:
+        if "hold" in text:
+            is_held.set()
+            assert goes_on.wait(DEADLINE)
+
+    reader, writer = os.pipe()
+    words = ["sh", "-c", script]
+    with (
+        portexec.serve(words, ready=re.compile("up and running"), output=hold, stdin=reader, cwd=tmp_path) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        os.write(writer, b"hold\n")
+        assert is_held.wait(DEADLINE)
+        restart = pool.submit(server.restart)
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+        goes_on.set()
+        restart.result(DEADLINE)
+        assert server.output.count("up and running\n") == 2
+    os.close(reader)
+    os.close(writer)
 
 
 @IN_ASYNC_CODE
