@@ -80,7 +80,7 @@ def test_a_portexec_that_cannot_go_on_leaves_nothing_behind() -> None:
         assert is_gone(shim)
         assert is_gone(command)
         assert started.process.stderr is not None
-        assert started.process.stderr.read().endswith(HINT)
+        assert os.strerror(errno.EMFILE) in started.process.stderr.read()  # the hint takes modules, and so a descriptor
 
 
 _DISMISSAL = """
