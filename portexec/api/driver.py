@@ -180,7 +180,7 @@ class Driver:
         self._restarts = 0  # the restarts that have begun
         self._ready_after = -1  # the number of restarts after which it was ready last; -1 before the first time
         self._searched = 0  # so much of the output was searched for the line by which it is ready
-        self._read_before = 0  # so much of the output was read before the events that are being taken
+        self._read_before = self._read_now = 0  # so much of the output was read at the last look for events, and at this one
         self._is_line_found = False
         self._waiting = 0  # how many callers wait, and will be told of the end
         self._is_end_known = False  # a caller was told of the end
@@ -528,9 +528,9 @@ class Driver:
         while left > 0 and self.output_fd is not None and _waiting_in(self.output_fd):
             left -= len(self.take_output())
 
-    def begin_round(self) -> None:
-        """All events that the host has told so far were taken."""
-        self._read_before = self._output.written
+    def look_for_events(self) -> None:
+        """All events that the host has told by now are about to be taken."""
+        self._read_before, self._read_now = self._read_now, self._output.written
 
     def take_output(self) -> bytes:
         """Take a piece of the output. With the lock held, each piece is either in the pipe or in the output."""
@@ -589,7 +589,8 @@ class Driver:
                 self._ready_after = self._restarts
             elif kind == "ended":
                 self.wait_status = event["status"]
-                # What has come by then is of this command. The next one may have written since, if we were slow.
+                # What had come by then is of this command: what was read at the last look, when the event was not there yet,
+                # and what was in the pipe. The next command may have written since, if we were slow.
                 self._searched = max(self._searched, min(self._output.written, self._read_before + event["unread"]))
                 self._is_line_found = False
                 self._has_ended_by_itself = event["by_itself"]

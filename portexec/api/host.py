@@ -73,8 +73,8 @@ if TYPE_CHECKING:
         def take_output(self) -> bytes:
             """Take a piece of the output."""
 
-        def begin_round(self) -> None:
-            """All events that the host has told so far were taken."""
+        def look_for_events(self) -> None:
+            """All events that the host has told by now are about to be taken."""
 
         def drain(self) -> None:
             """Take all output that is there now."""
@@ -287,11 +287,11 @@ class Host:
         rest = b""
         while self._has_servers():
             self._add_readers(readers, poll)
-            for driver in list(self._drivers.values()):
-                driver.begin_round()
             for fd, _ in poll.poll():
                 if fd in readers:
                     _read_output(fd, readers, poll)
+            for driver in list(self._drivers.values()):
+                driver.look_for_events()
             try:
                 data = self._control.recv(_AT_ONCE, socket.MSG_DONTWAIT)
             except BlockingIOError:
