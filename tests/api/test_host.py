@@ -180,11 +180,11 @@ def test_a_server_that_its_host_gives_up_is_the_end_of_no_other(mark: str) -> No
     runs = threading.Event()
     waiting = portexec.serve(["sh", "-c", "echo runs; exec sleep 1000"], ready="http", output=lambda _: runs.set())
     with portexec.serve(LIGHT) as server, ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(waiting.__enter__)
-        assert runs.wait(DEADLINE)
         host = hook(server)
         soft, hard = resource.prlimit(host, resource.RLIMIT_NOFILE)
-        free = min({*range(soft)} - {*map(int, descriptors_of(host))})
+        free = min({*range(soft)} - {*map(int, descriptors_of(host))})  # the second one will have it
+        starting = pool.submit(waiting.__enter__)
+        assert runs.wait(DEADLINE)
         resource.prlimit(host, resource.RLIMIT_NOFILE, (free, hard))
         with pytest.raises(portexec.PortexecError, match="Too many open files"):
             starting.result(DEADLINE)
