@@ -219,7 +219,8 @@ import portexec
 from portexec.api import driver
 
 def order_and_die(drivers, order=driver.host.serve):
-    order(drivers)
+    for each in drivers:
+        order([each])
     os.kill(os.getpid(), signal.SIGKILL)
 
 with portexec.serve(["sleep", "1000"], ready="none"):
