@@ -107,12 +107,12 @@ class Launch:
 
     def plan_shell(self, script: str, listeners: Sequence[Listener]) -> Plan:
         """A plan for the shell to run this script, with the templates and variables of these listeners, but no socket."""
-        values = template_values(listeners, None)
         from portexec.command import templates
 
+        values = template_values(listeners, None)
         extra = {name: text for name, text in self.request.extra.items() if not templates.uses(text, "fd")}
         variables = _compose(self.request, self.from_files, self.variables, extra, values)
-        return Plan(SHELL, ["sh", "-c", _expand(script, values)], variables)
+        return Plan(SHELL, ["sh", "-c", templates.expand(script, values)], variables)
 
 
 def prepare(request: Request, undo: Undo) -> Launch:

@@ -22,7 +22,7 @@ import portexec.{module} as module
 from portexec.cli import main
 
 def break_here(*_, **__):
-    raise ZeroDivisionError("the bug of the test")
+    raise {error}
 
 {owner}.{function} = break_here
 sys.exit(main(sys.argv[1:]))
@@ -38,11 +38,13 @@ BEGINNING = ("parent.supervisor", "module.Supervisor", "run")
 SUPERVISING = ("parent.supervisor", "module.Supervisor", "_has_ended")
 
 
-def run_broken(where: tuple[str, str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    """Run portexec with a function of it that raises what no code expects."""
+def run_broken(
+    where: tuple[str, str, str], *words: str, error: str = "ZeroDivisionError('the bug of the test')"
+) -> subprocess.CompletedProcess[str]:
+    """Run portexec with a function of it that raises this, by default what no code expects."""
     module, owner, function = where
     owner = owner if owner.startswith("module") else f"module.{owner}"
-    code = _BROKEN.format(module=module, owner=owner, function=function)
+    code = _BROKEN.format(module=module, owner=owner, function=function, error=error)
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=DEADLINE)
 
 
@@ -58,6 +60,22 @@ def test_a_bug_below_portexec_is_said_with_its_traceback_and_nothing_is_left(
     assert result.stderr.startswith("Traceback (most recent call last):\n")
     last = f"portexec: error: cannot {said} the command: {REASON}"
     assert result.stderr.endswith(f"ZeroDivisionError: the bug of the test\n{BUG}{last}")
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (f"OSError({errno.EMFILE}, 'none left')", "none left"),
+        (f"OSError({errno.ENOMEM}, 'full')", "full"),
+        ("MemoryError", "out of memory"),
+    ],
+    ids=["descriptors", "memory", "Python's memory"],
+)
+def test_a_filter_that_cannot_be_had_for_a_shortage_takes_no_weaker_hand_off(error: str, why: str) -> None:
+    """It says nothing of what this machine can do."""
+    result = run_broken(FILTER, "-q", "--", "echo", "runs", error=error)
+    assert (result.returncode, result.stdout) == (portexec.PortexecError.status, "")
+    assert result.stderr.splitlines()[0] == f"portexec: error: cannot start the command: {why}"
 
 
 @pytest.mark.parametrize("hand_off", ["fd", "hold"])

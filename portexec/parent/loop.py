@@ -265,7 +265,7 @@ class _Loop:
     def finish_round(self) -> None:
         """Run all tasks that can go on; then end the parts that are over, and decide one `first` after the other.
 
-        An inner part or `first` comes before those around it.
+        All parts come before any `first`. Of two parts, or of two of `first`, the inner one comes before the one around it.
         """
         while self.ready or self.ending_parts or self.ending:
             batch, self.ready = self.ready, []
